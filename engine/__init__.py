@@ -1,0 +1,1 @@
+"""The process that owns one device. Imports neither `peer` nor `api`."""

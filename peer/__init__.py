@@ -1,0 +1,1 @@
+"""The bitinglip peer: one trio process on each GPU host."""
