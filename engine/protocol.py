@@ -2,10 +2,10 @@
 
 Transport: an inherited Unix stream socket. Each frame is a 4-byte big-endian length and one msgpack map
 whose `type` names the message. Both sides send `Hello` first; a side that shares no version with the other
-answers `Unusable` (engine) or closes (peer). End of stream means the other side is gone: an engine then exits at
-once, so that its device is free; a peer re-queues what ran on it.
+answers `Unusable` (engine) or closes (peer). End of stream means the other side is gone: an engine then exits
+at once, so that its device is free; a peer re-queues what ran on it.
 
-Times are seconds (`_s`), sizes bytes. Nothing here is pickled, and a frame over `FRAME_BYTES_MAX` is an error.
+Times are seconds (`_s`), sizes bytes. Nothing here is pickled; a frame over `FRAME_BYTES_MAX` is an error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", forbi
     """Base of every message. Unknown fields are ignored, so that a newer side may add some."""
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     version_min: int = VERSION_MIN
     version_max: int = VERSION_MAX
     product: str = ""
@@ -40,7 +40,7 @@ class Hello(Message, tag="hello"):
 # ---------------------------------------------------------------- peer -> engine
 
 
-class Configure(Message, tag="configure"):
+class Configure(Message, frozen=True, tag="configure"):
     """Second message to an engine: which device it owns. Answered by `Ready` or `Unusable`."""
 
     worker_id: str
@@ -51,7 +51,7 @@ class Configure(Message, tag="configure"):
     fake: dict[str, Any] = {}  # only read by the stand-in engine: speed, memory, temperature, ...
 
 
-class Load(Message, tag="load"):
+class Load(Message, frozen=True, tag="load"):
     """Load a model. Answered by `LoadProgress`*, then `Loaded` (graphs captured, ready) or `LoadFailed`."""
 
     model: str
@@ -61,13 +61,13 @@ class Load(Message, tag="load"):
     slots: int = 8
 
 
-class Unload(Message, tag="unload"):
+class Unload(Message, frozen=True, tag="unload"):
     """Drop a model and give its memory back. Its runs end as `RunFailed` code `unloaded`."""
 
     model: str
 
 
-class Run(Message, tag="run"):
+class Run(Message, frozen=True, tag="run"):
     """Start one attempt of a task. Answered by `Started`, `Tokens`*, then `Finished` or `RunFailed`."""
 
     run_id: str  # "<task_id>/<attempt>"
@@ -77,13 +77,13 @@ class Run(Message, tag="run"):
     request_id: str = ""  # for the engine's log
 
 
-class Cancel(Message, tag="cancel"):
+class Cancel(Message, frozen=True, tag="cancel"):
     """End a run within one step. Answered by `Finished` with reason `cancelled`; unknown runs are ignored."""
 
     run_id: str
 
 
-class CountTokens(Message, tag="count_tokens"):
+class CountTokens(Message, frozen=True, tag="count_tokens"):
     """How many tokens this prompt is. Answered by `TokenCount`, also while steps run."""
 
     request_id: str
@@ -92,20 +92,20 @@ class CountTokens(Message, tag="count_tokens"):
     parameters: dict[str, Any]
 
 
-class Fault(Message, tag="fault"):
+class Fault(Message, frozen=True, tag="fault"):
     """Stand-in engine only: misbehave from now on. Real engines ignore it."""
 
     kind: Literal["none", "hang", "die", "slow", "wrong", "out_of_memory", "hot"]
 
 
-class Shutdown(Message, tag="shutdown"):
+class Shutdown(Message, frozen=True, tag="shutdown"):
     """Exit with status 0."""
 
 
 # ---------------------------------------------------------------- engine -> peer
 
 
-class Ready(Message, tag="ready"):
+class Ready(Message, frozen=True, tag="ready"):
     """The device works: its self-test computed what it should."""
 
     device: str  # as given in `Configure`
@@ -117,21 +117,21 @@ class Ready(Message, tag="ready"):
     versions: dict[str, str] = {}
 
 
-class Unusable(Message, tag="unusable"):
-    """The device cannot be used. The engine exits after it; restarting will not help until something changes."""
+class Unusable(Message, frozen=True, tag="unusable"):
+    """The device cannot be used. The engine exits after it; restarting helps only once something changed."""
 
     code: str  # "unsupported_gpu", "no_device", "self_test_failed", "protocol_version", ...
     message: str  # names the card, its architecture and what to do
 
 
-class LoadProgress(Message, tag="load_progress"):
+class LoadProgress(Message, frozen=True, tag="load_progress"):
     model: str
     stage: Literal["read", "upload", "compile"]
     done: int  # of total; bytes for read and upload, graphs for compile
     total: int
 
 
-class Loaded(Message, tag="loaded"):
+class Loaded(Message, frozen=True, tag="loaded"):
     model: str
     memory_bytes: int  # of the device, weights and caches, measured
     load_s: float
@@ -139,25 +139,25 @@ class Loaded(Message, tag="loaded"):
     slots: int
 
 
-class LoadFailed(Message, tag="load_failed"):
+class LoadFailed(Message, frozen=True, tag="load_failed"):
     model: str
     code: str  # "out_of_memory", "bad_model_file", "unsupported_architecture", "already_loaded", ...
     message: str
 
 
-class Unloaded(Message, tag="unloaded"):
+class Unloaded(Message, frozen=True, tag="unloaded"):
     model: str
     freed_bytes: int
 
 
-class Started(Message, tag="started"):
+class Started(Message, frozen=True, tag="started"):
     """A slot has been taken and prefill begins."""
 
     run_id: str
     prompt_tokens: int
 
 
-class Tokens(Message, tag="tokens"):
+class Tokens(Message, frozen=True, tag="tokens"):
     """Text generated since the last one. `text` may be empty while a character is incomplete."""
 
     run_id: str
@@ -165,7 +165,7 @@ class Tokens(Message, tag="tokens"):
     count: int
 
 
-class Finished(Message, tag="finished"):
+class Finished(Message, frozen=True, tag="finished"):
     run_id: str
     reason: FinishReason
     prompt_tokens: int
@@ -174,21 +174,21 @@ class Finished(Message, tag="finished"):
     first_token_s: float = 0.0  # from slot taken to first token
 
 
-class RunFailed(Message, tag="run_failed"):
+class RunFailed(Message, frozen=True, tag="run_failed"):
     run_id: str
     code: str  # "prompt_too_long", "unloaded", "out_of_memory", "unknown_model", "bad_parameters", ...
     message: str
     retryable: bool = False
 
 
-class TokenCount(Message, tag="token_count"):
+class TokenCount(Message, frozen=True, tag="token_count"):
     request_id: str
     tokens: int  # prompt with its chat template; -1 if it could not be told (see `error`)
     context: int  # the model's own longest context, 0 if unknown
     error: str = ""
 
 
-class Heartbeat(Message, tag="heartbeat"):
+class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """Sent by the thread that owns the device: after every step, and every second when idle.
 
     No heartbeat for a phase's stall limit means that the device hangs.

@@ -1,0 +1,249 @@
+"""The stand-in engine as a real process: runs, queueing, cancelling, and every fault."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from engine.protocol import (
+    Cancel,
+    Configure,
+    CountTokens,
+    Fault,
+    Finished,
+    Heartbeat,
+    Hello,
+    Load,
+    Loaded,
+    LoadFailed,
+    ProtocolError,
+    Ready,
+    RunFailed,
+    Shutdown,
+    Started,
+    TokenCount,
+    Unload,
+    Unloaded,
+    Unusable,
+)
+from tests.engine.harness import EngineProcess
+
+pytestmark = pytest.mark.process
+
+
+@contextmanager
+def fake(load: bool = True, slots_max: int = 8, **settings: Any) -> Iterator[EngineProcess]:
+    configure = Configure(worker_id="w", device="fake", slots_max=slots_max, fake=settings)
+    with EngineProcess(configure) as engine:
+        engine.wait_type(Ready, Unusable)
+        if load:
+            engine.send(Load(model="m", path="/nowhere", family="llama"))
+            engine.wait_type(Loaded, LoadFailed)
+        yield engine
+
+
+def test_starts_quickly_and_says_it_is_a_stand_in() -> None:
+    began = time.monotonic()
+    with fake(load=False) as engine:
+        ready = engine.wait_type(Ready)
+        assert time.monotonic() - began < 1.5
+        assert ready.stand_in
+        assert ready.architecture == "fake"
+        modules = f"/proc/{engine.process.pid}/maps"
+        with open(modules) as maps:
+            loaded = maps.read()
+        assert "numpy" not in loaded
+        assert "tinygrad" not in loaded
+
+
+def test_echoes_the_prompt() -> None:
+    with fake() as engine:
+        engine.run("t/1", prompt="one two  three", max_tokens=10)
+        done = engine.wait_end("t/1")
+        assert isinstance(done, Finished)
+        assert (done.reason, done.prompt_tokens, done.tokens_generated) == ("stop", 3, 3)
+        assert engine.text("t/1") == "one two three"
+        assert isinstance(engine.of_run("t/1")[0], Started)
+
+
+def test_max_tokens_and_messages() -> None:
+    with fake() as engine:
+        engine.run("t/1", messages=[{"role": "user", "content": "a b c d"}], max_tokens=2)
+        done = engine.wait_end("t/1")
+        assert (done.reason, done.tokens_generated) == ("length", 2)
+        assert engine.text("t/1") == "a b"
+
+
+def test_at_a_rate_tokens_come_one_by_one() -> None:
+    with fake(tokens_per_s=50) as engine:
+        engine.run("t/1", prompt="a b c d e f g h i j")
+        done = engine.wait_end("t/1")
+        assert 0.15 < done.processing_s < 1.0
+        assert engine.text("t/1") == "a b c d e f g h i j"
+        assert len(engine.of_run("t/1")) > 4
+
+
+def test_more_runs_than_slots_wait_their_turn() -> None:
+    with fake(slots_max=2, tokens_per_s=100) as engine:
+        for number in range(6):
+            engine.run(f"t/{number}", prompt="a b c d e")
+        for number in range(6):
+            assert engine.wait_end(f"t/{number}").reason == "stop"
+        running = most = 0
+        for message in engine.seen:
+            running += isinstance(message, Started) - isinstance(message, Finished)
+            most = max(most, running)
+        assert most == 2
+
+
+def test_cancel_running_and_waiting() -> None:
+    with fake(slots_max=1, tokens_per_s=1) as engine:
+        engine.run("t/1", prompt="a b c d e")
+        engine.run("t/2", prompt="a b c d e")
+        engine.wait_type(Started)
+        engine.send(Cancel(run_id="t/2"), Cancel(run_id="t/1"), Cancel(run_id="unknown"))
+        assert engine.wait_end("t/2", 1).reason == "cancelled"
+        assert engine.wait_end("t/1", 1).reason == "cancelled"
+
+
+def test_load_beyond_memory_and_unload() -> None:
+    with fake(memory_total_bytes=2.5e9) as engine:
+        engine.send(Load(model="n", path="/", family="llama"), Load(model="o", path="/", family="llama"))
+        failed = engine.wait_type(LoadFailed)
+        assert (failed.model, failed.code) == ("o", "out_of_memory")
+        assert "500000000" in failed.message
+        engine.send(Load(model="m", path="/", family="llama"))
+        assert (
+            engine.wait_for(lambda m: isinstance(m, LoadFailed) and m.model == "m").code == "already_loaded"
+        )
+        engine.send(Unload(model="m"), Load(model="o", path="/", family="llama"))
+        assert engine.wait_type(Unloaded).freed_bytes == 10**9
+        engine.wait_for(lambda m: isinstance(m, Loaded) and m.model == "o")
+
+
+def test_unload_ends_its_runs() -> None:
+    with fake(tokens_per_s=1, slots_max=1) as engine:
+        engine.run("t/1", prompt="a b")
+        engine.run("t/2", prompt="a b")
+        engine.wait_type(Started)
+        engine.send(Unload(model="m"))
+        assert engine.wait_end("t/1").code == "unloaded"
+        assert engine.wait_end("t/2").code == "unloaded"
+        engine.run("t/3", prompt="a b")
+        assert engine.wait_end("t/3").code == "unknown_model"
+
+
+def test_prompt_too_long_and_count() -> None:
+    with fake(load=False) as engine:
+        engine.send(Load(model="m", path="/", family="llama", context=4))
+        engine.wait_type(Loaded)
+        engine.run("t/1", prompt="a b c d")
+        assert engine.wait_end("t/1").code == "prompt_too_long"
+        count = CountTokens(request_id="r", path="/", family="llama", parameters={"prompt": "a b c d"})
+        engine.send(count)
+        assert engine.wait_type(TokenCount).tokens == 4
+
+
+def test_heartbeats_while_idle() -> None:
+    with fake(load=False) as engine:
+        first = engine.wait_type(Heartbeat)
+        assert first.temperature_c == 45.0
+        at = len(engine.seen)
+        assert engine.wait_type(Heartbeat, timeout_s=2.5, start=at).phase == "idle"
+
+
+def test_shutdown_and_end_of_stream() -> None:
+    with fake() as engine:
+        engine.send(Shutdown())
+        assert engine.process.wait(5) == 0
+    with fake() as engine:
+        engine.sock.close()
+        assert engine.process.wait(5) == 0
+
+
+@pytest.mark.parametrize("by_prompt", [False, True])
+def test_fault_hang(by_prompt: bool) -> None:
+    with fake() as engine:
+        if by_prompt:
+            engine.run("t/1", prompt="fault:hang now")
+        else:
+            engine.send(Fault(kind="hang"))
+        time.sleep(0.2)
+        engine.run("t/2", prompt="a")
+        time.sleep(1.3)
+        while True:
+            at = len(engine.seen)
+            try:
+                engine.receive(0.3)
+            except TimeoutError:
+                break
+            assert not [m for m in engine.seen[at:] if getattr(m, "run_id", "") == "t/2"]
+        engine.sock.close()
+        assert engine.process.wait(5) == 0
+
+
+@pytest.mark.parametrize("by_prompt", [False, True])
+def test_fault_die(by_prompt: bool) -> None:
+    with fake() as engine:
+        if by_prompt:
+            engine.run("t/1", prompt="fault:die")
+        else:
+            engine.send(Fault(kind="die"))
+        assert engine.process.wait(5) == 70
+
+
+def test_fault_slow() -> None:
+    with fake() as engine:
+        engine.run("t/1", prompt="fault:slow b c")
+        assert engine.wait_end("t/1").processing_s > 0.25
+
+
+def test_fault_wrong() -> None:
+    with fake() as engine:
+        engine.send(Fault(kind="wrong"))
+        with pytest.raises(ProtocolError):
+            engine.wait_type(Unusable)
+
+
+def test_fault_out_of_memory() -> None:
+    with fake() as engine:
+        engine.run("t/1", prompt="fault:out_of_memory")
+        engine.run("t/2", prompt="fine")
+        assert engine.wait_end("t/1").code == "out_of_memory"
+        assert isinstance(engine.wait_end("t/2"), Finished)
+        engine.send(Fault(kind="out_of_memory"), Load(model="n", path="/", family="llama"))
+        engine.run("t/3", prompt="fine")
+        assert engine.wait_type(LoadFailed).code == "out_of_memory"
+        assert isinstance(engine.wait_end("t/3"), RunFailed)
+
+
+def test_fault_hot_and_back() -> None:
+    with fake(fault="hot") as engine:
+        engine.wait_for(lambda m: isinstance(m, Heartbeat) and m.temperature_c == 110.0)
+        engine.send(Fault(kind="none"))
+        at = len(engine.seen)
+        engine.wait_for(lambda m: isinstance(m, Heartbeat) and m.temperature_c == 45.0, start=at)
+
+
+def test_unknown_setting_is_refused() -> None:
+    with fake(load=False, tokens_per_second=3) as engine:
+        assert "tokens_per_second" in engine.wait_type(Unusable).message
+
+
+def test_version_without_overlap_is_refused() -> None:
+    with EngineProcess(hello=Hello(version_min=90, version_max=91)) as engine:
+        assert engine.wait_type(Unusable).code == "protocol_version"
+
+
+def test_thousands_of_runs_a_second() -> None:
+    with fake() as engine:
+        began = time.monotonic()
+        for number in range(4000):
+            engine.run(f"t/{number}", prompt="a b c")
+        engine.wait_end("t/3999")
+        assert time.monotonic() - began < 4.0
+        assert sum(isinstance(m, Finished) for m in engine.seen) == 4000
