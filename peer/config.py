@@ -1,0 +1,105 @@
+"""The configuration's schema and its defaults. Reading it (files, environment, flags) is `peer.settings`.
+
+In YAML a field that ends in `_s` takes seconds or a text with a unit ("90s", "5m", "30d"), one that ends in `_bytes`
+takes bytes or a text with a unit ("24GB", "512MiB").
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from peer import limits
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base: unknown keys are refused."""
+
+
+class Cluster(Section):
+    name: str = "biting-lip-cluster"
+
+
+class Tls(Section):
+    certificate: str  # paths of PEM files
+    key: str
+
+
+class Api(Section):
+    bind: str = "127.0.0.1:8000"
+    insecure: bool = False  # must be said in words to bind a non-loopback address without TLS
+    tls: Tls | None = None
+    body_bytes_max: int = limits.BODY_BYTES_MAX
+
+
+class FakeDevice(Section):
+    """The stand-in engine's behaviour; only read when a device is `fake`."""
+
+    tokens_per_s: float = 0.0  # 0: as fast as it goes
+    load_s: float = 0.0
+    model_memory_bytes: int = 1_000_000_000
+    memory_total_bytes: int = 16_000_000_000
+    temperature_c: float = 45.0
+    fault: Literal["none", "hang", "die", "slow", "wrong", "out_of_memory", "hot"] = "none"
+
+
+class Engine(Section):
+    """`devices`: "auto" (every AMD GPU, an error if there is none), "AMD", "AMD:0,2", "CPU", "fake", "fake:2", ..."""
+
+    devices: tuple[str, ...] = ("auto",)
+    slots: int = 8
+    memory_limit_bytes: int = 0  # 0: the device's own
+    memory_reserve_bytes: int = 256 * 1024 * 1024  # of each device, kept free
+    fake: FakeDevice = FakeDevice()
+
+
+class Models(Section):
+    catalogue: str = ""  # "": the one that is installed with bitinglip
+    directory: str = ""  # "": DATA_DIR/models
+    preload: tuple[str, ...] = ()
+
+
+class Limits(Section):
+    requests_per_hour: int = limits.REQUESTS_PER_HOUR
+    requests_per_minute: int = limits.REQUESTS_PER_MINUTE
+    websockets_per_client: int = limits.WEBSOCKETS_PER_CLIENT
+    queue_tasks_max: int = limits.QUEUE_TASKS_MAX
+
+
+class Retention(Section):
+    """Finished tasks are forgotten when they are older than `age_s` or more than `count`."""
+
+    age_s: float = 30 * 86_400.0
+    count: int = 100_000
+    events: int = limits.EVENTS_KEPT_MAX
+
+
+class Alerts(Section):
+    """An alert is raised at its threshold and cleared below its `_clear` value."""
+
+    temperature_c: float = 95.0
+    temperature_clear_c: float = 88.0
+    memory_percent: float = 97.0
+    memory_clear_percent: float = 92.0
+
+
+class Log(Section):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "json", "console"] = "auto"  # auto: console on a terminal, JSON elsewhere
+
+
+class Config(Section):
+    data_dir: str = ""  # "": $XDG_STATE_HOME/bitinglip, for root /var/lib/bitinglip
+    cluster: Cluster = Cluster()
+    api: Api = Api()
+    engine: Engine = Engine()
+    models: Models = Models()
+    limits: Limits = Limits()
+    retention: Retention = Retention()
+    alerts: Alerts = Alerts()
+    log: Log = Log()
+    drain_s: float = limits.DRAIN_S_MAX
+
+
+RELOADABLE = frozenset({"limits", "retention", "alerts", "log", "models"})  # by SIGHUP; keys are live anyway

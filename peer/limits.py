@@ -1,0 +1,70 @@
+"""Every bound of the peer, in one place. Units are in the names. Owners change those that configs/ names."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# requests
+BODY_BYTES_MAX: Final = 4 * 1024 * 1024
+PROMPT_CHARS_MAX: Final = 1_000_000
+MESSAGES_MAX: Final = 1_000
+STOP_STRINGS_MAX: Final = 16
+STOP_CHARS_MAX: Final = 256
+TOKENS_MAX: Final = 131_072  # max_tokens of one task
+NAME_CHARS_MAX: Final = 128  # model names, owners, ids
+IDEMPOTENCY_KEY_CHARS_MAX: Final = 256
+WAIT_S_MAX: Final = 300.0  # long polls
+PAGE_DEFAULT: Final = 50
+PAGE_MAX: Final = 500
+OFFSET_MAX: Final = 10_000_000
+TASK_TIMEOUT_S_MAX: Final = 86_400
+TASK_TIMEOUT_S_DEFAULT: Final = 300
+
+# leader
+COMMANDS_WAITING_MAX: Final = 4_096  # handed over by the API, not yet taken by the leader
+BATCH_COMMANDS_MAX: Final = 256  # commands and reports in one group commit
+QUEUE_TASKS_MAX: Final = 100_000  # live tasks; more are refused with 503
+QUEUE_BYTES_MAX: Final = 256 * 1024 * 1024  # their parameters together
+ATTEMPTS_MAX: Final = 3
+TICK_S: Final = 0.25  # deadlines, reconciliation
+COMMAND_S_MAX: Final = 30.0  # a command not answered by then gets 503
+PRIORITY_STEP_S: Final = 600.0  # a priority step outweighs so much waiting: no task starves
+LOADS_FAILED_MAX: Final = 3
+LOAD_RETRY_S: Final = (1.0, 5.0, 30.0)  # after a failed load
+MOVES_MAX: Final = 16  # of one rebalance
+WORKER_SILENT_S: Final = 6.0  # a worker without a report is offline
+RETENTION_BATCH: Final = 200  # finished tasks forgotten per tick
+
+# keys
+KEYS_MAX: Final = 10_000
+REQUESTS_PER_HOUR: Final = 1_000
+REQUESTS_PER_MINUTE: Final = 100
+WEBSOCKETS_PER_CLIENT: Final = 10
+WEBSOCKETS_MAX: Final = 1_000
+
+# streams and events
+EVENTS_KEPT_MAX: Final = 10_000
+EVENTS_BEHIND_MAX: Final = 1_000  # a WebSocket reader that is further behind is cut off
+STREAM_IDLE_S_MAX: Final = 15.0  # a comment is sent after so long without a token
+STREAMS_MAX: Final = 1_000
+STREAM_KEPT_S: Final = 60.0  # text of a finished attempt stays for late readers
+
+# engine
+ENGINE_OUTBOX_MAX: Final = 4_096  # frames waiting for the engine to read
+ENGINE_START_S_MAX: Final = 120.0
+ENGINE_STOP_S_MAX: Final = 3.0
+CANCEL_S_MAX: Final = 0.8  # a cancelled run that still holds its slot then: the engine is killed
+STALL_S: Final = {"start": 120.0, "idle": 15.0, "load": 120.0, "warmup": 300.0, "prefill": 60.0, "decode": 30.0}
+RESTART_BACKOFF_S: Final = (0.2, 1.0, 5.0, 15.0)
+DEATHS_MAX: Final = 3  # within DEATHS_WINDOW_S: quarantine
+DEATHS_WINDOW_S: Final = 600.0
+QUARANTINE_S: Final = 600.0
+REPORT_INTERVAL_S: Final = 1.0
+
+# shutdown
+DRAIN_S_MAX: Final = 30.0
+
+# metrics kept: seconds for an hour, minutes for a day and a bit, hours for 31 days
+METRIC_SECONDS_KEPT: Final = 3_600
+METRIC_MINUTES_KEPT: Final = 1_500
+METRIC_HOURS_KEPT: Final = 24 * 31

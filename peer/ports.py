@@ -1,0 +1,199 @@
+"""The seams of a peer: what decides and serves on one side, what touches the world on the other.
+
+Adapters under `peer.adapters` implement these; simulations put their own behind them. Errors are
+`peer.errors`; everything else that is raised is a bug.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Literal, Protocol
+
+import msgspec
+
+from peer.state.command import Request, StreamItem
+from peer.state.event import Event
+from peer.state.key import ApiKey
+from peer.state.model import Model
+from peer.state.order import Order, Report
+
+# ------------------------------------------------------------------------------------------------ store
+
+
+class KeyValue(msgspec.Struct, frozen=True):
+    key: str
+    value: bytes
+    create_revision: int
+    mod_revision: int
+    lease: int = 0
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Items in key order, the store's revision when it was read, and whether more follow."""
+
+    items: tuple[KeyValue, ...]
+    revision: int
+    more: bool = False
+
+
+class Put(msgspec.Struct, frozen=True, tag="put"):
+    key: str
+    value: bytes
+    lease: int = 0
+
+
+class Delete(msgspec.Struct, frozen=True, tag="delete"):
+    key: str
+
+
+Write = Put | Delete
+
+
+class Compare(msgspec.Struct, frozen=True):
+    """Holds if the key's field equals `value`. A key that does not exist has revisions 0 and value b""."""
+
+    key: str
+    field: Literal["create_revision", "mod_revision", "value"]
+    value: int | bytes
+
+
+class TxnResult(msgspec.Struct, frozen=True):
+    succeeded: bool
+    revision: int
+
+
+class Change(msgspec.Struct, frozen=True):
+    """One change of a key; `value` is None for a deletion."""
+
+    key: str
+    value: bytes | None
+
+
+class Batch(msgspec.Struct, frozen=True):
+    """All changes of one revision under the watched prefix, in the order in which they were written."""
+
+    revision: int
+    changes: tuple[Change, ...]
+
+
+class Lease(msgspec.Struct, frozen=True):
+    lease_id: int
+    ttl_s: float
+
+
+LEADER_KEY = "leader"
+
+
+class Store(Protocol):
+    """Ordered keys and values with revisions, transactions, leases and watches: etcd's semantics.
+
+    Each transaction that writes makes one new revision. Keys are text, ordered by their UTF-8 bytes.
+    """
+
+    async def range(
+        self, start: str, end: str, *, limit: int = 0, offset: int = 0, keys_only: bool = False
+    ) -> Page:
+        """Keys in [start, end) in order; `limit` 0 means all. A reader sees one revision."""
+
+    async def count(self, start: str, end: str) -> int:
+        """How many keys are in [start, end)."""
+
+    async def get(self, keys: Sequence[str]) -> dict[str, KeyValue]:
+        """Those of `keys` that exist, all at one revision."""
+
+    async def txn(
+        self, compare: Sequence[Compare], then: Sequence[Write], orelse: Sequence[Write] = ()
+    ) -> TxnResult:
+        """If every comparison holds write `then`, else `orelse`; durable on return. Raises Ambiguous, StoreBroken."""
+
+    async def commit(self, epoch: int, writes: Sequence[Write]) -> int:
+        """Write if LEADER_KEY's create-revision is `epoch`; durable on return, which is the new revision.
+
+        Raises Fenced (nothing was written), Ambiguous, StoreBroken.
+        """
+
+    def watch(
+        self, prefix: str, from_revision: int
+    ) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+        """Every batch from that revision on, without gap or repeat. Raises Compacted if it is gone."""
+
+    async def grant(self, ttl_s: float) -> Lease:
+        """A lease; keys put under it go when it expires or is revoked."""
+
+    async def keepalive(self, lease_id: int) -> Lease:
+        """Begin the lease's time anew. Raises NotFound if it has expired."""
+
+    async def revoke(self, lease_id: int) -> None:
+        """End the lease and delete its keys; unknown leases are ignored."""
+
+    async def aclose(self) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------------ time, ids
+
+
+class Clock(Protocol):
+    """Seconds. `now` never jumps and counts suspended time; `wall` is UTC, anchored at start and carried by `now`."""
+
+    def now(self) -> float: ...
+    def wall(self) -> float: ...
+    async def sleep(self, seconds: float) -> None: ...
+
+
+class Entropy(Protocol):
+    """Every random choice of a peer comes from here."""
+
+    def token(self, nbytes: int) -> str:
+        """Hexadecimal, unguessable (outside simulations)."""
+
+    def uniform(self, low: float, high: float) -> float: ...
+
+
+# ------------------------------------------------------------------------------------------------ peers
+
+
+class Link(Protocol):
+    """The leader's way to the peers' executors."""
+
+    async def send(self, peer_id: str, order: Order) -> None:
+        """Hand over an order, in order. Raises Unavailable when the peer cannot be reached."""
+
+
+class ReportSink(Protocol):
+    """An executor's way to the leader."""
+
+    async def report(self, report: Report) -> None:
+        """Hand over a report; waits while the leader is behind."""
+
+
+# ------------------------------------------------------------------------------------------------ API
+
+
+class Cluster(Protocol):
+    """What the API sees of the cluster, on every peer the same."""
+
+    async def call(self, request: Request) -> Any:
+        """Carry out a command or a query; the answer's type is named in the request's docstring.
+
+        A command goes on when the caller is cancelled. Raises peer.errors.BitinglipError.
+        """
+
+    def key(self, key_id: str) -> ApiKey | None:
+        """The key as now in force, for authentication; None if there is none."""
+
+    def models(self) -> Mapping[str, Model]:
+        """The catalogue now in force."""
+
+    async def count_tokens(self, model_name: str, parameters: Mapping[str, Any]) -> tuple[int, int] | None:
+        """(tokens of the prompt with its template, context of the model), or None if it cannot be told here."""
+
+    def stream(self, task_id: str) -> AbstractAsyncContextManager[AsyncIterator[StreamItem]]:
+        """A task's text from its beginning, as it comes, to its end. Raises NotFound on entry."""
+
+    def events(self, since: int | None) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        """The journal after event `since` (None: from now on). Raises Compacted on entry if that is no longer kept,
+        and Overloaded from the iterator when the reader is too far behind."""
+
+    def ready(self) -> str:
+        """ "" if requests are served, else why not."""

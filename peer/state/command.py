@@ -1,0 +1,283 @@
+"""What the API asks of the cluster, and what it is answered. All of it can cross the link between peers.
+
+Commands change something and are answered once that is durable. Queries read. Errors are `peer.errors`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peer.state.base import Record
+from peer.state.key import ApiKey
+from peer.state.metric import WorkerMetrics
+from peer.state.model import Assignment, Model, Replica
+from peer.state.plan import Plan
+from peer.state.task import Task, TaskInput, TaskResult
+from peer.state.worker import Worker, WorkerReport
+
+# ---------------------------------------------------------------- commands
+
+
+class SubmitTask(Record, tag="submit_task"):
+    """-> Submitted"""
+
+    task_type: str
+    model_name: str
+    parameters: dict[str, Any]  # validated
+    priority: int
+    timeout_s: float
+    owner: str
+    key_id: str
+    request_id: str = ""
+    idempotency_key: str = ""
+    body_digest: str = ""  # of the request's meaning; compared when the idempotency key comes again
+
+
+class CancelTask(Record, tag="cancel_task"):
+    """-> TaskView. NotFound; Conflict when it is already finished."""
+
+    task_id: str
+
+
+class AssignModel(Record, tag="assign_model"):
+    """-> AssignReply. NotFound for a model or worker; Conflict with the arithmetic when it cannot fit."""
+
+    model_name: str
+    worker_ids: tuple[str, ...]  # empty: where it fits best
+    preload: bool
+    priority: int
+
+
+class UnloadModel(Record, tag="unload_model"):
+    """-> UnloadReply"""
+
+    model_name: str
+    worker_ids: tuple[str, ...]  # empty: everywhere
+    force: bool
+
+
+class RestartWorker(Record, tag="restart_worker"):
+    """-> RestartReply"""
+
+    worker_id: str
+
+
+class Rebalance(Record, tag="rebalance"):
+    """-> Plan"""
+
+    strategy: str
+    force: bool
+    dry_run: bool
+
+
+class CreateKey(Record, tag="create_key"):
+    """-> ApiKey. The caller made the secret; only its hash is here."""
+
+    key: ApiKey
+
+
+class RevokeKey(Record, tag="revoke_key"):
+    """-> ApiKey. `key_id` or an owner's name where that is unique."""
+
+    key_id: str
+
+
+Command = (
+    SubmitTask | CancelTask | AssignModel | UnloadModel | RestartWorker | Rebalance | CreateKey | RevokeKey
+)
+
+# ---------------------------------------------------------------- queries
+
+
+class GetTask(Record, tag="get_task"):
+    """-> TaskView. With `wait_s` the answer comes when the task is finished, or then."""
+
+    task_id: str
+    wait_s: float = 0.0
+
+
+class ListTasks(Record, tag="list_tasks"):
+    """-> TaskPage, newest first"""
+
+    status: str | None = None  # as shown: queued, running, completed, failed, cancelled
+    worker_id: str | None = None
+    limit: int = 50
+    offset: int = 0
+
+
+class ListWorkers(Record, tag="list_workers"):
+    """-> tuple[WorkerView, ...]"""
+
+
+class GetWorker(Record, tag="get_worker"):
+    """-> WorkerView"""
+
+    worker_id: str
+
+
+class ListAssignments(Record, tag="list_assignments"):
+    """-> tuple[AssignmentView, ...], one per worker"""
+
+
+class ListModels(Record, tag="list_models"):
+    """-> tuple[ModelView, ...]"""
+
+
+class GetStatus(Record, tag="get_status"):
+    """-> ClusterStatus"""
+
+
+class GetMetrics(Record, tag="get_metrics"):
+    """-> Metrics"""
+
+    timeframe: str  # 1h, 24h, 7d, 30d
+
+
+class ListKeys(Record, tag="list_keys"):
+    """-> tuple[ApiKey, ...]"""
+
+
+class GetPlan(Record, tag="get_plan"):
+    """-> Plan"""
+
+    rebalance_id: str
+
+
+Query = (
+    GetTask
+    | ListTasks
+    | ListWorkers
+    | GetWorker
+    | ListAssignments
+    | ListModels
+    | GetStatus
+    | GetMetrics
+    | ListKeys
+    | GetPlan
+)
+Request = Command | Query
+
+# ---------------------------------------------------------------- answers
+
+
+class PendingReason(Record):
+    """Why a task is not on this worker. `worker_id` "" speaks of the cluster as a whole."""
+
+    worker_id: str
+    reason: str
+
+
+class TaskView(Record):
+    task: Task
+    input: TaskInput | None = None
+    result: TaskResult | None = None
+    pending: tuple[PendingReason, ...] = ()
+    estimated_wait_s: float | None = None  # None: nothing measured to estimate from
+    tokens_so_far: int = 0
+
+
+class Submitted(Record):
+    view: TaskView
+    replayed: bool = False  # True: an earlier task of this idempotency key
+
+
+class TaskPage(Record):
+    tasks: tuple[Task, ...]
+    total: int
+
+
+class WorkerView(Record):
+    """`status` is online, offline, busy or error; `report` is the last one, None if there was none."""
+
+    worker: Worker
+    status: str
+    report: WorkerReport | None
+    replicas: tuple[Replica, ...]
+    current_tasks: int
+    last_heartbeat: float | None
+    metrics: WorkerMetrics
+    performance_score: float
+
+
+class PlacedModel(Record):
+    worker_id: str
+    status: str  # loading, queued, loaded, assigned
+    estimated_s: float
+    reason: str = ""
+
+
+class AssignReply(Record):
+    assignment_id: str
+    model_name: str
+    placed: tuple[PlacedModel, ...]
+
+
+class UnloadReply(Record):
+    model_name: str
+    affected_workers: tuple[str, ...]
+    requeued_tasks: tuple[str, ...] = ()
+
+
+class RestartReply(Record):
+    worker_id: str
+    estimated_s: float  # measured at this worker's earlier starts
+    requeued_tasks: tuple[str, ...] = ()
+
+
+class AssignmentView(Record):
+    worker_id: str
+    replicas: tuple[Replica, ...]
+    wishes: tuple[Assignment, ...]
+
+
+class ModelView(Record):
+    model: Model
+    replicas: tuple[Replica, ...]
+    queued: int
+
+
+class ClusterStatus(Record):
+    """`status` is operational, degraded (some worker is not well) or down (none is)."""
+
+    cluster_id: str
+    status: str
+    total_workers: int
+    active_workers: int
+    queued_tasks: int
+    running_tasks: int
+    gpu_utilization: float
+    total_memory_bytes: int
+    available_memory_bytes: int
+    uptime_s: float
+    epoch: int
+    leader: str
+    reasons: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- streams
+
+
+class StreamToken(Record, tag="token"):
+    """Text of one attempt. `index` counts that attempt's tokens before this piece."""
+
+    attempt: int
+    index: int
+    text: str
+    count: int
+
+
+class StreamRestart(Record, tag="restart"):
+    """What came before is void: the attempt ended without a result and the task begins anew."""
+
+    attempt: int
+    reason: str
+
+
+class StreamEnd(Record, tag="end"):
+    """The task is finished; no more follows."""
+
+    view: TaskView
+
+
+StreamItem = StreamToken | StreamRestart | StreamEnd
+

@@ -1,0 +1,77 @@
+"""Models: what the catalogue says of them, the wish that one be on a worker, and what a load has cost."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from peer.state.base import Record
+
+
+class Model(Record):
+    """One entry of the catalogue (configs/models.yaml)."""
+
+    name: str
+    source: str  # package:NAME==VERSION#path, file:/path, https://..., hf:owner/repo@revision#path
+    family: str
+    size_bytes: int = 0  # of the file; 0: unknown until fetched
+    sha256: str = ""
+    context: int = 2048
+    slots: int = 8
+    memory_bytes: int = 0  # on the device; 0: estimated from the size until measured
+    task_types: tuple[str, ...] = ("text_generation",)
+    description: str = ""
+    license: str = ""
+
+
+class Assignment(Record):
+    """The wish that a model be on a worker. Durable: it is fulfilled again after a restart."""
+
+    assignment_id: str
+    model_name: str
+    worker_id: str
+    preload: bool  # True: now; False: on first use
+    priority: int
+    created_at: float
+
+
+class LoadProfile(Record):
+    """What loading this model on this device has measured; the next estimate comes from it."""
+
+    model_name: str
+    device_name: str
+    memory_bytes: int
+    load_s: float
+
+
+class ReplicaState(str, Enum):
+    FETCHING = "fetching"  # its file is on its way; holds no device memory
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"  # takes no new tasks, unloaded when its last one ends
+    UNLOADING = "unloading"
+    FAILED = "failed"
+
+
+class Replica(Record):
+    """A model on a worker, as its peer reports it (and as the leader foresees it between reports)."""
+
+    worker_id: str
+    model_name: str
+    state: ReplicaState
+    memory_bytes: int = 0  # measured when ready, foreseen before
+    load_s: float = 0.0
+    since: float = 0.0  # of this state
+    last_used: float = 0.0
+    slots: int = 0
+    context: int = 0
+    stage: str = ""  # of a fetch or load: fetch, read, upload, compile
+    done: int = 0
+    total: int = 0
+    failures: int = 0
+    error: str = ""
+    error_code: str = ""
+    not_before: float = 0.0  # a failed load is not tried again before
+
+HOLDS_MEMORY = frozenset(
+    {ReplicaState.LOADING, ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.UNLOADING}
+)

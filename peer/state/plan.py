@@ -1,0 +1,36 @@
+"""A rebalance: its moves, what each is predicted to cost, and how far it has come."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from peer.state.base import Record
+
+Strategy = Literal["memory_optimized", "load_balanced", "latency_optimized"]
+
+
+class Move(Record):
+    """One step. A migration loads on `to_worker` before it unloads from `from_worker`."""
+
+    type: Literal["model_migration", "model_load", "model_unload"]
+    model: str
+    from_worker: str | None = None
+    to_worker: str | None = None
+    memory_bytes: int = 0
+    predicted_s: float = 0.0
+    tasks_touched: int = 0
+    reason: str = ""
+    state: Literal["planned", "loading", "draining", "done", "failed"] = "planned"
+    actual_s: float | None = None
+
+
+class Plan(Record):
+    rebalance_id: str
+    strategy: str
+    dry_run: bool
+    force: bool
+    status: Literal["planned", "initiated", "completed", "failed"]
+    created_at: float
+    moves: tuple[Move, ...] = ()
+    reasons: tuple[str, ...] = ()
+    finished_at: float | None = None
