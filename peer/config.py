@@ -1,7 +1,7 @@
 """The configuration's schema and its defaults. Reading it (files, environment, flags) is `peer.settings`.
 
-In YAML a field that ends in `_s` takes seconds or a text with a unit ("90s", "5m", "30d"), one that ends in `_bytes`
-takes bytes or a text with a unit ("24GB", "512MiB").
+In YAML a field that ends in `_s` takes seconds or a text with a unit ("90s", "5m", "30d"), one that ends in
+`_bytes` takes bytes or a text with a unit ("24GB", "512MiB").
 """
 
 from __future__ import annotations
@@ -11,29 +11,30 @@ from typing import Literal
 import msgspec
 
 from peer import limits
+from peer.limits import DRAIN_S_MAX
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Base: unknown keys are refused."""
 
 
-class Cluster(Section):
+class Cluster(Section, frozen=True):
     name: str = "biting-lip-cluster"
 
 
-class Tls(Section):
+class Tls(Section, frozen=True):
     certificate: str  # paths of PEM files
     key: str
 
 
-class Api(Section):
+class Api(Section, frozen=True):
     bind: str = "127.0.0.1:8000"
     insecure: bool = False  # must be said in words to bind a non-loopback address without TLS
     tls: Tls | None = None
     body_bytes_max: int = limits.BODY_BYTES_MAX
 
 
-class FakeDevice(Section):
+class FakeDevice(Section, frozen=True):
     """The stand-in engine's behaviour; only read when a device is `fake`."""
 
     tokens_per_s: float = 0.0  # 0: as fast as it goes
@@ -44,8 +45,8 @@ class FakeDevice(Section):
     fault: Literal["none", "hang", "die", "slow", "wrong", "out_of_memory", "hot"] = "none"
 
 
-class Engine(Section):
-    """`devices`: "auto" (every AMD GPU, an error if there is none), "AMD", "AMD:0,2", "CPU", "fake", "fake:2", ..."""
+class Engine(Section, frozen=True):
+    """`devices`: "auto" (every AMD GPU, an error if there is none), "AMD", "AMD:0,2", "CPU", "fake:2", ..."""
 
     devices: tuple[str, ...] = ("auto",)
     slots: int = 8
@@ -54,20 +55,20 @@ class Engine(Section):
     fake: FakeDevice = FakeDevice()
 
 
-class Models(Section):
+class Models(Section, frozen=True):
     catalogue: str = ""  # "": the one that is installed with bitinglip
     directory: str = ""  # "": DATA_DIR/models
     preload: tuple[str, ...] = ()
 
 
-class Limits(Section):
+class Limits(Section, frozen=True):
     requests_per_hour: int = limits.REQUESTS_PER_HOUR
     requests_per_minute: int = limits.REQUESTS_PER_MINUTE
     websockets_per_client: int = limits.WEBSOCKETS_PER_CLIENT
     queue_tasks_max: int = limits.QUEUE_TASKS_MAX
 
 
-class Retention(Section):
+class Retention(Section, frozen=True):
     """Finished tasks are forgotten when they are older than `age_s` or more than `count`."""
 
     age_s: float = 30 * 86_400.0
@@ -75,7 +76,7 @@ class Retention(Section):
     events: int = limits.EVENTS_KEPT_MAX
 
 
-class Alerts(Section):
+class Alerts(Section, frozen=True):
     """An alert is raised at its threshold and cleared below its `_clear` value."""
 
     temperature_c: float = 95.0
@@ -84,12 +85,12 @@ class Alerts(Section):
     memory_clear_percent: float = 92.0
 
 
-class Log(Section):
+class Log(Section, frozen=True):
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["auto", "json", "console"] = "auto"  # auto: console on a terminal, JSON elsewhere
 
 
-class Config(Section):
+class Config(Section, frozen=True):
     data_dir: str = ""  # "": $XDG_STATE_HOME/bitinglip, for root /var/lib/bitinglip
     cluster: Cluster = Cluster()
     api: Api = Api()
@@ -99,7 +100,33 @@ class Config(Section):
     retention: Retention = Retention()
     alerts: Alerts = Alerts()
     log: Log = Log()
-    drain_s: float = limits.DRAIN_S_MAX
+    drain_s: float = DRAIN_S_MAX  # `limits` is a field here
 
 
 RELOADABLE = frozenset({"limits", "retention", "alerts", "log", "models"})  # by SIGHUP; keys are live anyway
+
+# What a number may be: the lowest and the highest value, both allowed. Every number has its entry.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "api.body_bytes_max": (1_024, 1024**3),
+    "engine.slots": (1, 256),
+    "engine.memory_limit_bytes": (0, 1024**5),
+    "engine.memory_reserve_bytes": (0, 1024**4),
+    "engine.fake.tokens_per_s": (0, 1_000_000),
+    "engine.fake.load_s": (0, 3_600),
+    "engine.fake.model_memory_bytes": (1, 1024**5),
+    "engine.fake.memory_total_bytes": (1, 1024**5),
+    "engine.fake.temperature_c": (-50, 200),
+    "limits.requests_per_hour": (1, 1_000_000_000),
+    "limits.requests_per_minute": (1, 1_000_000_000),
+    "limits.websockets_per_client": (1, limits.WEBSOCKETS_MAX),
+    "limits.queue_tasks_max": (1, 10_000_000),
+    "retention.age_s": (60, 10 * 366 * 86_400),
+    "retention.count": (1, 10_000_000),
+    "retention.events": (100, 1_000_000),
+    "alerts.temperature_c": (0, 150),
+    "alerts.temperature_clear_c": (0, 150),
+    "alerts.memory_percent": (1, 100),
+    "alerts.memory_clear_percent": (0, 100),
+    "drain_s": (0, 3_600),
+}
+PATHS = frozenset({"data_dir", "api.tls.certificate", "api.tls.key", "models.catalogue", "models.directory"})
