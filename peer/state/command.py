@@ -11,7 +11,6 @@ from peer.state.base import Record
 from peer.state.key import ApiKey
 from peer.state.metric import WorkerMetrics
 from peer.state.model import Assignment, Model, Replica
-from peer.state.plan import Plan
 from peer.state.task import Task, TaskInput, TaskResult
 from peer.state.worker import Worker, WorkerReport
 
@@ -280,4 +279,3 @@ class StreamEnd(Record, tag="end"):
 
 
 StreamItem = StreamToken | StreamRestart | StreamEnd
-

@@ -72,6 +72,7 @@ class Replica(Record):
     error_code: str = ""
     not_before: float = 0.0  # a failed load is not tried again before
 
+
 HOLDS_MEMORY = frozenset(
     {ReplicaState.LOADING, ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.UNLOADING}
 )

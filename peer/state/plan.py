@@ -21,6 +21,7 @@ class Move(Record):
     tasks_touched: int = 0
     reason: str = ""
     state: Literal["planned", "loading", "draining", "done", "failed"] = "planned"
+    started_at: float | None = None
     actual_s: float | None = None
 
 

@@ -98,6 +98,7 @@ class Task(Record):
     """One task without its parameters and result, which are records of their own (they can be large).
 
     `attempt` counts tries: 0 before the first assignment; `worker_id` is that of the current or last attempt.
+    `strikes` counts those that an engine, worker or peer failed; being moved by the owner is none.
     """
 
     task_id: str
@@ -114,6 +115,7 @@ class Task(Record):
     parameters_bytes: int = 0
     status: Status = Status.QUEUED
     attempt: int = 0
+    strikes: int = 0
     worker_id: str | None = None
     assigned_at: float | None = None
     started_at: float | None = None
@@ -163,7 +165,9 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: Text
 
 
-class TextGeneration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+class TextGeneration(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
     """Parameters of a `text_generation` task: exactly one of `prompt` and `messages`."""
 
     prompt: Annotated[str, Meta(min_length=1, max_length=1_000_000)] | None = None

@@ -1,0 +1,319 @@
+"""Which model goes to which worker: what owners ask for, what queued tasks need, and what makes room for it."""
+
+from __future__ import annotations
+
+from msgspec.structs import replace as changed
+
+from peer.decide.admit import nearest, unknown_model
+from peer.decide.decision import Decision
+from peer.decide.recover import requeue
+from peer.decide.workers import (
+    can_run,
+    held_of,
+    load_seconds,
+    memory,
+    memory_needed,
+    status,
+    takes_tasks,
+    usable,
+)
+from peer.errors import Conflict, NotFound
+from peer.limits import LOADS_FAILED_MAX
+from peer.state.command import (
+    AssignModel,
+    AssignReply,
+    PlacedModel,
+    RestartReply,
+    RestartWorker,
+    UnloadModel,
+    UnloadReply,
+)
+from peer.state.model import Assignment, Model, Replica, ReplicaState
+from peer.state.order import LoadReplica, RestartEngine, UnloadReplica
+from peer.state.snapshot import Drain, Drop, Foresee, Save, Snapshot
+
+_RESTART_S = 5.0  # before a worker's first start has been measured
+
+
+def unknown_worker(snapshot: Snapshot, worker_id: str) -> NotFound:
+    near = nearest(worker_id, list(snapshot.workers))
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return NotFound(
+        f"there is no worker `{worker_id}`{hint}",
+        code="worker_not_found",
+        details={"worker_id": worker_id, "nearest": near},
+    )
+
+
+def load(snapshot: Snapshot, now: float, model: Model, worker_id: str, decision: Decision) -> None:
+    """Order a load, and foresee its replica until the worker reports it."""
+    before = snapshot.replicas.get(worker_id, {}).get(model.name)
+    replica = Replica(
+        worker_id=worker_id,
+        model_name=model.name,
+        state=ReplicaState.LOADING,
+        memory_bytes=memory_needed(snapshot, model, worker_id),
+        since=now,
+        last_used=now,
+        failures=before.failures if before is not None else 0,
+    )
+    decision.changes.append(Foresee(worker_id, model.name, replica, now))
+    peer_id = snapshot.workers[worker_id].peer_id
+    decision.orders.append((peer_id, LoadReplica(epoch=snapshot.epoch, worker_id=worker_id, model=model)))
+
+
+def unload_now(snapshot: Snapshot, now: float, replica: Replica, decision: Decision) -> None:
+    """Order an unload of a replica that nothing uses, and foresee it."""
+    going = changed(replica, state=ReplicaState.UNLOADING, since=now)
+    decision.changes.append(Foresee(replica.worker_id, replica.model_name, going, now))
+    decision.orders.append(
+        (
+            snapshot.workers[replica.worker_id].peer_id,
+            UnloadReplica(epoch=snapshot.epoch, worker_id=replica.worker_id, model_name=replica.model_name),
+        )
+    )
+
+
+# ---------------------------------------------------------------- what owners ask for
+
+
+def assign(snapshot: Snapshot, now: float, command: AssignModel, assignment_id: str) -> Decision:
+    """Record the wish on each worker; with `preload` the loads begin at the next reconciliation."""
+    model = snapshot.catalogue.get(command.model_name)
+    if model is None:
+        raise unknown_model(snapshot, command.model_name)
+    worker_ids = command.worker_ids or (_best_worker(snapshot, now, model),)
+    for worker_id in worker_ids:
+        if worker_id not in snapshot.workers:
+            raise unknown_worker(snapshot, worker_id)
+    placed = tuple(_placed(snapshot, now, model, worker_id, command.preload) for worker_id in worker_ids)
+    decision = Decision()
+    for worker_id in worker_ids:
+        wish = Assignment(
+            assignment_id=assignment_id,
+            model_name=model.name,
+            worker_id=worker_id,
+            preload=command.preload,
+            priority=command.priority,
+            created_at=now,
+        )
+        decision.changes += [Save(wish), Drain(worker_id, model.name, wanted=False)]
+        replica = snapshot.replicas.get(worker_id, {}).get(model.name)
+        if replica is not None and replica.state is ReplicaState.FAILED:  # asked anew: tried anew, at once
+            fresh = changed(replica, failures=0, not_before=0.0)
+            decision.changes.append(Foresee(worker_id, model.name, fresh, now))
+    decision.reply = AssignReply(assignment_id=assignment_id, model_name=model.name, placed=placed)
+    return decision
+
+
+def _best_worker(snapshot: Snapshot, now: float, model: Model) -> str:
+    """Where no worker is named: one that has the model, else the one with the most room."""
+    candidates = [w for w in usable(snapshot, now) if can_run(snapshot, model, w)]
+    if not candidates:
+        raise Conflict(
+            f"no worker that is up can run `{model.name}`",
+            code="no_worker",
+            details={w: status(snapshot, w, now) for w in snapshot.workers},
+        )
+    return max(candidates, key=lambda w: (model.name in snapshot.replicas[w], memory(snapshot, w).free, w))
+
+
+def _placed(snapshot: Snapshot, now: float, model: Model, worker_id: str, preload: bool) -> PlacedModel:
+    """What becomes of the wish on this worker. Raises Conflict, with the arithmetic, if it can never fit there."""
+    report = snapshot.reports.get(worker_id)
+    if not can_run(snapshot, model, worker_id):
+        raise Conflict(
+            f"`{model.name}` is a behaviour of the stand-in engine; {worker_id} has a real one",
+            code="wrong_engine",
+            details={"worker_id": worker_id},
+        )
+    replica = snapshot.replicas.get(worker_id, {}).get(model.name)
+    if replica is not None and replica.state is ReplicaState.READY:
+        return PlacedModel(worker_id=worker_id, status="loaded", estimated_s=0.0)
+    estimate = load_seconds(snapshot, model, worker_id)
+    if report is not None and (replica is None or replica.state is ReplicaState.FAILED):
+        needed = memory_needed(snapshot, model, worker_id)
+        room = memory(snapshot, worker_id, without=frozenset(_evictable(snapshot, worker_id)))
+        if needed > room.free:
+            full = memory(snapshot, worker_id)
+            raise Conflict(
+                f"`{model.name}` does not fit on {worker_id}: it {full.arithmetic(needed)}",
+                code="does_not_fit",
+                details={
+                    "worker_id": worker_id,
+                    "needed_bytes": needed,
+                    "free_bytes": max(0, full.free),
+                    "total_bytes": full.total,
+                },
+            )
+    if not preload:
+        return PlacedModel(
+            worker_id=worker_id, status="assigned", estimated_s=estimate, reason="on first use"
+        )
+    ahead = sum(
+        load_seconds(snapshot, snapshot.catalogue[r.model_name], worker_id)
+        for r in snapshot.replicas.get(worker_id, {}).values()
+        if r.state in (ReplicaState.LOADING, ReplicaState.FETCHING)
+        and r.model_name != model.name
+        and r.model_name in snapshot.catalogue
+    )
+    is_up = status(snapshot, worker_id, now) in ("online", "busy")
+    if ahead or not is_up:
+        why = "after another load" if ahead else "when the worker is up"
+        return PlacedModel(worker_id=worker_id, status="queued", estimated_s=estimate + ahead, reason=why)
+    return PlacedModel(worker_id=worker_id, status="loading", estimated_s=estimate)
+
+
+def unload(snapshot: Snapshot, now: float, command: UnloadModel) -> Decision:
+    """Take the wish back and drain; with `force` running tasks are re-queued instead of awaited."""
+    name = command.model_name
+    if name not in snapshot.catalogue and not any(name in of for of in snapshot.replicas.values()):
+        raise unknown_model(snapshot, name)
+    for worker_id in command.worker_ids:
+        if worker_id not in snapshot.workers:
+            raise unknown_worker(snapshot, worker_id)
+    wanted = command.worker_ids or tuple(snapshot.workers)
+    affected = tuple(
+        w for w in wanted if name in snapshot.replicas.get(w, {}) or (w, name) in snapshot.assignments
+    )
+    if not affected:
+        raise Conflict(
+            f"`{name}` is not on {', '.join(wanted) or 'any worker'}",
+            code="not_loaded",
+            details={"model_name": name, "worker_ids": list(wanted)},
+        )
+    decision = Decision()
+    requeued: list[str] = []
+    for worker_id in affected:
+        wish = snapshot.assignments.get((worker_id, name))
+        if wish is not None:
+            decision.changes.append(Drop(wish))
+        if name in snapshot.replicas.get(worker_id, {}):
+            decision.changes.append(Drain(worker_id, name, wanted=True))
+        if command.force:
+            for task in snapshot.held.get(worker_id, {}).values():
+                if task.model_name == name:
+                    because = "its model was unloaded"
+                    decision.add(requeue(snapshot, now, task, "unloaded", because, strike=False))
+                    requeued.append(task.task_id)
+    decision.reply = UnloadReply(model_name=name, affected_workers=affected, requeued_tasks=tuple(requeued))
+    return decision
+
+
+def restart(snapshot: Snapshot, now: float, command: RestartWorker) -> Decision:
+    """Order a restart; what runs there is re-queued at once."""
+    worker = snapshot.workers.get(command.worker_id)
+    if worker is None:
+        raise unknown_worker(snapshot, command.worker_id)
+    decision = Decision()
+    held = tuple(snapshot.held.get(command.worker_id, {}).values())
+    for task in held:
+        because = "its worker was restarted"
+        decision.add(requeue(snapshot, now, task, "worker_restarted", because, strike=False))
+    decision.orders.append((worker.peer_id, RestartEngine(epoch=snapshot.epoch, worker_id=command.worker_id)))
+    decision.reply = RestartReply(
+        worker_id=command.worker_id,
+        estimated_s=snapshot.downtime_s.get(command.worker_id, _RESTART_S),
+        requeued_tasks=tuple(task.task_id for task in held),
+    )
+    return decision
+
+
+# ---------------------------------------------------------------- reconciliation
+
+
+def reconcile(snapshot: Snapshot, now: float) -> Decision:
+    """Bring replicas towards wishes and demand. Each worker begins one load at a time."""
+    decision = Decision()
+    _finish_drains(snapshot, now, decision)
+    workers = usable(snapshot, now)
+    idle = [w for w in workers if not _loading(snapshot, w)]
+    for wish in sorted(snapshot.assignments.values(), key=lambda a: (a.priority, a.created_at, a.model_name)):
+        if wish.preload and wish.worker_id in idle:
+            model = snapshot.catalogue.get(wish.model_name)
+            if model is not None and _begin(snapshot, now, model, wish.worker_id, decision):
+                idle.remove(wish.worker_id)
+    for model_name in sorted(snapshot.queues, key=lambda name: snapshot.queues[name][0]):
+        model = snapshot.catalogue.get(model_name)
+        if model is None or not _wants_replica(snapshot, now, model_name, workers):
+            continue
+        for worker_id in _by_preference(snapshot, model, idle):
+            if _begin(snapshot, now, model, worker_id, decision):
+                idle.remove(worker_id)
+                break
+    return decision
+
+
+def _finish_drains(snapshot: Snapshot, now: float, decision: Decision) -> None:
+    for worker_id, model_name in snapshot.draining:
+        replica = snapshot.replicas.get(worker_id, {}).get(model_name)
+        if replica is None:
+            decision.changes.append(Drain(worker_id, model_name, wanted=False))
+        elif replica.state is not ReplicaState.UNLOADING and not held_of(snapshot, worker_id, model_name):
+            unload_now(snapshot, now, replica, decision)
+
+
+def _loading(snapshot: Snapshot, worker_id: str) -> bool:
+    return any(
+        r.state in (ReplicaState.FETCHING, ReplicaState.LOADING)
+        for r in snapshot.replicas[worker_id].values()
+    )
+
+
+def _wants_replica(snapshot: Snapshot, now: float, model_name: str, workers: list[str]) -> bool:
+    """Whether queued tasks of this model have no replica, or only full ones while a worker idles."""
+    on_the_way = (ReplicaState.FETCHING, ReplicaState.LOADING)
+    replicas = [of[model_name] for w in workers if model_name in (of := snapshot.replicas[w])]
+    if any(r.state in on_the_way for r in replicas):
+        return False
+    serving = [r for r in replicas if takes_tasks(snapshot, r)]
+    if not serving:
+        return True
+    full = all(held_of(snapshot, r.worker_id, model_name) >= r.slots for r in serving)
+    return full and any(not snapshot.held.get(w) and model_name not in snapshot.replicas[w] for w in workers)
+
+
+def _by_preference(snapshot: Snapshot, model: Model, idle: list[str]) -> list[str]:
+    """Assigned workers first, then the most room."""
+    able = [w for w in idle if can_run(snapshot, model, w)]
+    return sorted(
+        able, key=lambda w: ((w, model.name) not in snapshot.assignments, -memory(snapshot, w).free, w)
+    )
+
+
+def _begin(snapshot: Snapshot, now: float, model: Model, worker_id: str, decision: Decision) -> bool:
+    """Load if it fits; else make room, if that helps, for a later round. False: nothing was begun here."""
+    replica = snapshot.replicas[worker_id].get(model.name)
+    if replica is not None and (
+        replica.state is not ReplicaState.FAILED
+        or now < replica.not_before
+        or replica.failures >= LOADS_FAILED_MAX
+    ):
+        return False
+    if (worker_id, model.name) in snapshot.draining:
+        return False
+    needed = memory_needed(snapshot, model, worker_id)
+    if needed <= memory(snapshot, worker_id).free:
+        load(snapshot, now, model, worker_id, decision)
+        return True
+    going = {m for w, m in snapshot.draining if w == worker_id}
+    for name in _evictable(snapshot, worker_id):
+        if needed <= memory(snapshot, worker_id, without=frozenset(going)).free:
+            break
+        going.add(name)
+        decision.changes.append(Drain(worker_id, name, wanted=True))
+        decision.reasons.append(f"{name} leaves {worker_id} to make room for {model.name}")
+    return needed <= memory(snapshot, worker_id, without=frozenset(going)).free
+
+
+def _evictable(snapshot: Snapshot, worker_id: str) -> list[str]:
+    """Ready models that no wish and no task holds here, the least recently used first."""
+    free = [
+        r
+        for r in snapshot.replicas.get(worker_id, {}).values()
+        if r.state is ReplicaState.READY
+        and (worker_id, r.model_name) not in snapshot.assignments
+        and not held_of(snapshot, worker_id, r.model_name)
+        and r.model_name not in snapshot.queues
+    ]
+    return [r.model_name for r in sorted(free, key=lambda r: (r.last_used, r.model_name))]

@@ -1,0 +1,272 @@
+"""Plan better placements and carry the moves out, one at a time and loading before unloading.
+
+A strategy is a cost of a placement. The plan is greedy: the single move that lowers the cost most, again and again,
+until none lowers it enough. That margin is the hysteresis: a plan that was carried out is not undone by the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from msgspec.structs import replace as changed
+
+from peer.decide.decision import Decision
+from peer.decide.meter import worker_metrics
+from peer.decide.place import load
+from peer.decide.workers import (
+    can_run,
+    held_of,
+    load_seconds,
+    memory,
+    memory_needed,
+    takes_tasks,
+    usable,
+)
+from peer.errors import Conflict
+from peer.limits import MOVES_MAX
+from peer.state.command import Rebalance
+from peer.state.model import ReplicaState
+from peer.state.plan import Move, Plan
+from peer.state.snapshot import Drain, Drop, Save, Snapshot
+
+_GAIN_MIN = 0.10  # of the cost; `force` takes any gain
+_GAIN_FORCED = 1e-9
+_MOVE_S_MAX = 600.0  # a move that takes longer is given up
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A worker as the planner sees it: bytes that models may use, and its measured speed (1.0 where unknown)."""
+
+    capacity_bytes: int
+    speed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where each movable replica is: worker, then model, to (bytes, load in tasks)."""
+
+    rooms: Mapping[str, Room]
+    models: Mapping[str, Mapping[str, tuple[int, float]]]
+
+    def moved(self, model: str, source: str, target: str, size_bytes: int) -> Placement:
+        models = {worker: dict(of) for worker, of in self.models.items()}
+        _, tasks = models[source].pop(model)
+        models[target][model] = (size_bytes, tasks)
+        return Placement(self.rooms, models)
+
+    def used_bytes(self, worker: str) -> int:
+        return sum(size for size, _ in self.models[worker].values())
+
+
+def _memory_cost(placement: Placement) -> float:
+    return sum((placement.used_bytes(w) / max(1, r.capacity_bytes)) ** 2 for w, r in placement.rooms.items())
+
+
+def _load_cost(placement: Placement) -> float:
+    return sum(sum(tasks for _, tasks in of.values()) ** 2 for of in placement.models.values())
+
+
+def _latency_cost(placement: Placement) -> float:
+    return sum(
+        (sum(tasks for _, tasks in of.values()) / placement.rooms[worker].speed) ** 2
+        for worker, of in placement.models.items()
+    )
+
+
+COSTS: Mapping[str, Callable[[Placement], float]] = MappingProxyType(
+    {"memory_optimized": _memory_cost, "load_balanced": _load_cost, "latency_optimized": _latency_cost}
+)
+
+
+def rebalance(snapshot: Snapshot, now: float, command: Rebalance, rebalance_id: str) -> Decision:
+    """Make a plan; unless it is a dry run or empty, begin it. Raises Conflict while another one runs."""
+    running = active(snapshot)
+    if running is not None and not command.dry_run:
+        raise Conflict(
+            f"rebalance {running.rebalance_id} is still under way",
+            code="rebalance_running",
+            details={"rebalance_id": running.rebalance_id},
+        )
+    moves, reasons = plan_moves(snapshot, now, command.strategy, force=command.force)
+    begins = bool(moves) and not command.dry_run
+    plan = Plan(
+        rebalance_id=rebalance_id,
+        strategy=command.strategy,
+        dry_run=command.dry_run,
+        force=command.force,
+        status="planned" if command.dry_run else "initiated" if moves else "completed",
+        created_at=now,
+        moves=moves,
+        reasons=reasons,
+        finished_at=None if begins else now,
+    )
+    decision = Decision(reply=plan)
+    if not command.dry_run:
+        decision.changes.append(Save(plan))
+    if begins:
+        decision.event(
+            "cluster_rebalance_started",
+            rebalance_id=rebalance_id,
+            strategy=command.strategy,
+            operations=len(moves),
+        )
+    return decision
+
+
+def active(snapshot: Snapshot) -> Plan | None:
+    return next((plan for plan in snapshot.plans.values() if plan.status == "initiated"), None)
+
+
+# ---------------------------------------------------------------- planning
+
+
+def plan_moves(
+    snapshot: Snapshot, now: float, strategy: str, *, force: bool
+) -> tuple[tuple[Move, ...], tuple[str, ...]]:
+    """The moves, and in words why these or why none."""
+    workers = usable(snapshot, now)
+    if len(workers) < 2:
+        return (), ("a move needs two workers that are up",)
+    cost_of = COSTS[strategy]
+    placement = _placement(snapshot, now, workers)
+    first_cost = cost = cost_of(placement)
+    moves: list[Move] = []
+    while len(moves) < MOVES_MAX and cost > 0:
+        best = _best_move(snapshot, placement, cost_of, moves)
+        if best is None:
+            break
+        after, model, source, target = best
+        new_cost = cost_of(after)
+        if cost - new_cost < (_GAIN_FORCED if force else _GAIN_MIN) * cost:
+            break
+        moves.append(_move(snapshot, model, source, target, f"cost {cost:.3g} -> {new_cost:.3g}"))
+        placement, cost = after, new_cost
+    if not moves:
+        margin = "" if force else f" by at least {_GAIN_MIN:.0%}"
+        return (), (f"no single move improves {strategy}{margin} (cost {first_cost:.3g})",)
+    return tuple(moves), (f"{strategy}: cost {first_cost:.3g} -> {cost:.3g}",)
+
+
+def _placement(snapshot: Snapshot, now: float, workers: list[str]) -> Placement:
+    speeds = {w: worker_metrics(snapshot, w, now).tokens_per_s for w in workers}
+    known = [speed for speed in speeds.values() if speed]
+    typical = sum(known) / len(known) if known else 1.0
+    rooms, models = {}, {}
+    for worker_id in workers:
+        serving = [r for r in snapshot.replicas[worker_id].values() if takes_tasks(snapshot, r)]
+        names = frozenset(r.model_name for r in serving)
+        rooms[worker_id] = Room(
+            memory(snapshot, worker_id, without=names).free, (speeds[worker_id] or typical) / typical
+        )
+        models[worker_id] = {
+            r.model_name: (r.memory_bytes, _load(snapshot, worker_id, r.model_name, workers)) for r in serving
+        }
+    return Placement(rooms, models)
+
+
+def _load(snapshot: Snapshot, worker_id: str, model_name: str, workers: list[str]) -> float:
+    """Tasks held here, and this replica's share of the queue."""
+    replicas = sum(model_name in snapshot.replicas[w] for w in workers)
+    return held_of(snapshot, worker_id, model_name) + len(snapshot.queues.get(model_name, ())) / replicas
+
+
+def _best_move(
+    snapshot: Snapshot, placement: Placement, cost_of: Callable[[Placement], float], made: list[Move]
+) -> tuple[Placement, str, str, str] | None:
+    """The cheapest placement that one more move reaches; a model moves at most once in a plan."""
+    moved = {move.model for move in made}
+    best: tuple[float, str, str, str] | None = None
+    best_placement: Placement | None = None
+    for source, of in placement.models.items():
+        for name in of:
+            model = snapshot.catalogue.get(name)
+            if name in moved or model is None:
+                continue
+            for target in placement.rooms:
+                if name in placement.models[target] or not can_run(snapshot, model, target):
+                    continue
+                size = memory_needed(snapshot, model, target) or of[name][0]
+                if placement.used_bytes(target) + size > placement.rooms[target].capacity_bytes:
+                    continue
+                after = placement.moved(name, source, target, size)
+                candidate = (cost_of(after), name, source, target)
+                if best is None or candidate < best:
+                    best, best_placement = candidate, after
+    if best is None or best_placement is None:
+        return None
+    return best_placement, *best[1:]
+
+
+def _move(snapshot: Snapshot, name: str, source: str, target: str, reason: str) -> Move:
+    model = snapshot.catalogue[name]
+    return Move(
+        type="model_migration",
+        model=name,
+        from_worker=source,
+        to_worker=target,
+        memory_bytes=memory_needed(snapshot, model, target),
+        predicted_s=load_seconds(snapshot, model, target),
+        tasks_touched=held_of(snapshot, source, name),
+        reason=reason,
+    )
+
+
+# ---------------------------------------------------------------- carrying out
+
+
+def advance(snapshot: Snapshot, now: float) -> Decision:
+    """The next step of the plan that is under way."""
+    decision = Decision()
+    plan = active(snapshot)
+    if plan is None:
+        return decision
+    moves = list(plan.moves)
+    for index, move in enumerate(moves):
+        if move.state not in ("done", "failed"):
+            moves[index] = _step(snapshot, now, move, decision)
+            break
+    if tuple(moves) == plan.moves:
+        return decision
+    over = all(move.state in ("done", "failed") for move in moves)
+    status = plan.status
+    if over:
+        status = "failed" if any(move.state == "failed" for move in moves) else "completed"
+        decision.event("cluster_rebalance_finished", rebalance_id=plan.rebalance_id, status=status)
+    decision.changes.append(
+        Save(changed(plan, moves=tuple(moves), status=status, finished_at=now if over else None))
+    )
+    return decision
+
+
+def _step(snapshot: Snapshot, now: float, move: Move, decision: Decision) -> Move:
+    source, target = move.from_worker or "", move.to_worker or ""
+    replica = snapshot.replicas.get(target, {}).get(move.model)
+    started_at = move.started_at if move.started_at is not None else now
+    if now - started_at > _MOVE_S_MAX:
+        return changed(move, state="failed", actual_s=now - started_at, reason="it took too long")
+    if move.state == "planned":
+        model = snapshot.catalogue.get(move.model)
+        if model is None or target not in usable(snapshot, now):
+            return changed(move, state="failed", reason=f"{target} can no longer take it")
+        if replica is None:
+            if memory_needed(snapshot, model, target) > memory(snapshot, target).free:
+                return changed(move, state="failed", reason=f"it no longer fits on {target}")
+            load(snapshot, now, model, target, decision)
+        return changed(move, state="loading", started_at=now)
+    if move.state == "loading":
+        if replica is None or replica.state is ReplicaState.FAILED:
+            why = replica.error if replica is not None else f"{target} lost it"
+            return changed(move, state="failed", actual_s=now - started_at, reason=why)
+        if replica.state is not ReplicaState.READY:
+            return move
+        wish = snapshot.assignments.get((source, move.model))
+        if wish is not None:
+            decision.changes += [Drop(wish), Save(changed(wish, worker_id=target))]
+        decision.changes.append(Drain(source, move.model, wanted=True))
+        return changed(move, state="draining")
+    if move.model in snapshot.replicas.get(source, {}):
+        return move
+    return changed(move, state="done", actual_s=now - started_at)
