@@ -17,7 +17,7 @@ from peer.state.worker import Worker, WorkerReport
 # ---------------------------------------------------------------- commands
 
 
-class SubmitTask(Record, tag="submit_task"):
+class SubmitTask(Record, frozen=True, tag="submit_task"):
     """-> Submitted"""
 
     task_type: str
@@ -32,13 +32,13 @@ class SubmitTask(Record, tag="submit_task"):
     body_digest: str = ""  # of the request's meaning; compared when the idempotency key comes again
 
 
-class CancelTask(Record, tag="cancel_task"):
+class CancelTask(Record, frozen=True, tag="cancel_task"):
     """-> TaskView. NotFound; Conflict when it is already finished."""
 
     task_id: str
 
 
-class AssignModel(Record, tag="assign_model"):
+class AssignModel(Record, frozen=True, tag="assign_model"):
     """-> AssignReply. NotFound for a model or worker; Conflict with the arithmetic when it cannot fit."""
 
     model_name: str
@@ -47,7 +47,7 @@ class AssignModel(Record, tag="assign_model"):
     priority: int
 
 
-class UnloadModel(Record, tag="unload_model"):
+class UnloadModel(Record, frozen=True, tag="unload_model"):
     """-> UnloadReply"""
 
     model_name: str
@@ -55,13 +55,13 @@ class UnloadModel(Record, tag="unload_model"):
     force: bool
 
 
-class RestartWorker(Record, tag="restart_worker"):
+class RestartWorker(Record, frozen=True, tag="restart_worker"):
     """-> RestartReply"""
 
     worker_id: str
 
 
-class Rebalance(Record, tag="rebalance"):
+class Rebalance(Record, frozen=True, tag="rebalance"):
     """-> Plan"""
 
     strategy: str
@@ -69,13 +69,13 @@ class Rebalance(Record, tag="rebalance"):
     dry_run: bool
 
 
-class CreateKey(Record, tag="create_key"):
+class CreateKey(Record, frozen=True, tag="create_key"):
     """-> ApiKey. The caller made the secret; only its hash is here."""
 
     key: ApiKey
 
 
-class RevokeKey(Record, tag="revoke_key"):
+class RevokeKey(Record, frozen=True, tag="revoke_key"):
     """-> ApiKey. `key_id` or an owner's name where that is unique."""
 
     key_id: str
@@ -88,14 +88,14 @@ Command = (
 # ---------------------------------------------------------------- queries
 
 
-class GetTask(Record, tag="get_task"):
+class GetTask(Record, frozen=True, tag="get_task"):
     """-> TaskView. With `wait_s` the answer comes when the task is finished, or then."""
 
     task_id: str
     wait_s: float = 0.0
 
 
-class ListTasks(Record, tag="list_tasks"):
+class ListTasks(Record, frozen=True, tag="list_tasks"):
     """-> TaskPage, newest first"""
 
     status: str | None = None  # as shown: queued, running, completed, failed, cancelled
@@ -104,39 +104,39 @@ class ListTasks(Record, tag="list_tasks"):
     offset: int = 0
 
 
-class ListWorkers(Record, tag="list_workers"):
+class ListWorkers(Record, frozen=True, tag="list_workers"):
     """-> tuple[WorkerView, ...]"""
 
 
-class GetWorker(Record, tag="get_worker"):
+class GetWorker(Record, frozen=True, tag="get_worker"):
     """-> WorkerView"""
 
     worker_id: str
 
 
-class ListAssignments(Record, tag="list_assignments"):
+class ListAssignments(Record, frozen=True, tag="list_assignments"):
     """-> tuple[AssignmentView, ...], one per worker"""
 
 
-class ListModels(Record, tag="list_models"):
+class ListModels(Record, frozen=True, tag="list_models"):
     """-> tuple[ModelView, ...]"""
 
 
-class GetStatus(Record, tag="get_status"):
+class GetStatus(Record, frozen=True, tag="get_status"):
     """-> ClusterStatus"""
 
 
-class GetMetrics(Record, tag="get_metrics"):
+class GetMetrics(Record, frozen=True, tag="get_metrics"):
     """-> Metrics"""
 
     timeframe: str  # 1h, 24h, 7d, 30d
 
 
-class ListKeys(Record, tag="list_keys"):
+class ListKeys(Record, frozen=True, tag="list_keys"):
     """-> tuple[ApiKey, ...]"""
 
 
-class GetPlan(Record, tag="get_plan"):
+class GetPlan(Record, frozen=True, tag="get_plan"):
     """-> Plan"""
 
     rebalance_id: str
@@ -159,14 +159,14 @@ Request = Command | Query
 # ---------------------------------------------------------------- answers
 
 
-class PendingReason(Record):
+class PendingReason(Record, frozen=True):
     """Why a task is not on this worker. `worker_id` "" speaks of the cluster as a whole."""
 
     worker_id: str
     reason: str
 
 
-class TaskView(Record):
+class TaskView(Record, frozen=True):
     task: Task
     input: TaskInput | None = None
     result: TaskResult | None = None
@@ -175,17 +175,17 @@ class TaskView(Record):
     tokens_so_far: int = 0
 
 
-class Submitted(Record):
+class Submitted(Record, frozen=True):
     view: TaskView
     replayed: bool = False  # True: an earlier task of this idempotency key
 
 
-class TaskPage(Record):
+class TaskPage(Record, frozen=True):
     tasks: tuple[Task, ...]
     total: int
 
 
-class WorkerView(Record):
+class WorkerView(Record, frozen=True):
     """`status` is online, offline, busy or error; `report` is the last one, None if there was none."""
 
     worker: Worker
@@ -198,44 +198,44 @@ class WorkerView(Record):
     performance_score: float
 
 
-class PlacedModel(Record):
+class PlacedModel(Record, frozen=True):
     worker_id: str
     status: str  # loading, queued, loaded, assigned
     estimated_s: float
     reason: str = ""
 
 
-class AssignReply(Record):
+class AssignReply(Record, frozen=True):
     assignment_id: str
     model_name: str
     placed: tuple[PlacedModel, ...]
 
 
-class UnloadReply(Record):
+class UnloadReply(Record, frozen=True):
     model_name: str
     affected_workers: tuple[str, ...]
     requeued_tasks: tuple[str, ...] = ()
 
 
-class RestartReply(Record):
+class RestartReply(Record, frozen=True):
     worker_id: str
     estimated_s: float  # measured at this worker's earlier starts
     requeued_tasks: tuple[str, ...] = ()
 
 
-class AssignmentView(Record):
+class AssignmentView(Record, frozen=True):
     worker_id: str
     replicas: tuple[Replica, ...]
     wishes: tuple[Assignment, ...]
 
 
-class ModelView(Record):
+class ModelView(Record, frozen=True):
     model: Model
     replicas: tuple[Replica, ...]
     queued: int
 
 
-class ClusterStatus(Record):
+class ClusterStatus(Record, frozen=True):
     """`status` is operational, degraded (some worker is not well) or down (none is)."""
 
     cluster_id: str
@@ -256,7 +256,7 @@ class ClusterStatus(Record):
 # ---------------------------------------------------------------- streams
 
 
-class StreamToken(Record, tag="token"):
+class StreamToken(Record, frozen=True, tag="token"):
     """Text of one attempt. `index` counts that attempt's tokens before this piece."""
 
     attempt: int
@@ -265,14 +265,14 @@ class StreamToken(Record, tag="token"):
     count: int
 
 
-class StreamRestart(Record, tag="restart"):
+class StreamRestart(Record, frozen=True, tag="restart"):
     """What came before is void: the attempt ended without a result and the task begins anew."""
 
     attempt: int
     reason: str
 
 
-class StreamEnd(Record, tag="end"):
+class StreamEnd(Record, frozen=True, tag="end"):
     """The task is finished; no more follows."""
 
     view: TaskView

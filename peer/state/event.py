@@ -22,7 +22,7 @@ EVENT_NAMES = (
 )
 
 
-class Event(Record):
+class Event(Record, frozen=True):
     """`data` holds plain values; seconds and bytes as numbers: the API formats them."""
 
     id: int
@@ -31,7 +31,7 @@ class Event(Record):
     data: dict[str, Any]
 
 
-class EventDraft(Record):
+class EventDraft(Record, frozen=True):
     """An event before the leader numbers it."""
 
     event: str

@@ -13,7 +13,7 @@ SCOPES: tuple[str, ...] = get_args(Scope)
 PREFIX = "blk"
 
 
-class ApiKey(Record):
+class ApiKey(Record, frozen=True):
     """What is stored of a key. The secret itself is 256 random bits, so one SHA-256 is a sound hash of it."""
 
     key_id: str

@@ -18,7 +18,7 @@ TIMEFRAMES: Mapping[str, tuple[int, str]] = MappingProxyType(
 )
 
 
-class Counts(Record):
+class Counts(Record, frozen=True):
     """What ended in a bucket. `response_s` is submission to end, `run_s` start to end, both summed."""
 
     completed: int = 0
@@ -28,7 +28,7 @@ class Counts(Record):
     tokens: int = 0
 
 
-class Gauge(Record):
+class Gauge(Record, frozen=True):
     """Samples of a percentage."""
 
     samples: int = 0
@@ -37,7 +37,7 @@ class Gauge(Record):
     maximum: float = 0.0
 
 
-class Bucket(Record):
+class Bucket(Record, frozen=True):
     """One span of history. `peak_ended_per_minute` is the highest minute in it (a 1 s bucket has none)."""
 
     resolution: str
@@ -103,7 +103,7 @@ def merge(buckets: Iterable[Bucket], resolution: str, start: int) -> Bucket:
     )
 
 
-class WorkerMetrics(Record):
+class WorkerMetrics(Record, frozen=True):
     """Of one worker, measured. None where nothing has ended in the span."""
 
     completed_today: int = 0
@@ -115,7 +115,7 @@ class WorkerMetrics(Record):
     tokens_per_s: float | None = None  # last hour, while running
 
 
-class Metrics(Record):
+class Metrics(Record, frozen=True):
     """Of the cluster over a timeframe. None where nothing was measured."""
 
     timeframe: str

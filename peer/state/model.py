@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 from peer.state.base import Record
 
 
-class Model(Record):
+class Model(Record, frozen=True):
     """One entry of the catalogue (configs/models.yaml)."""
 
     name: str
@@ -23,7 +23,7 @@ class Model(Record):
     license: str = ""
 
 
-class Assignment(Record):
+class Assignment(Record, frozen=True):
     """The wish that a model be on a worker. Durable: it is fulfilled again after a restart."""
 
     assignment_id: str
@@ -34,7 +34,7 @@ class Assignment(Record):
     created_at: float
 
 
-class LoadProfile(Record):
+class LoadProfile(Record, frozen=True):
     """What loading this model on this device has measured; the next estimate comes from it."""
 
     model_name: str
@@ -43,7 +43,7 @@ class LoadProfile(Record):
     load_s: float
 
 
-class ReplicaState(str, Enum):
+class ReplicaState(StrEnum):
     FETCHING = "fetching"  # its file is on its way; holds no device memory
     LOADING = "loading"
     READY = "ready"
@@ -52,7 +52,7 @@ class ReplicaState(str, Enum):
     FAILED = "failed"
 
 
-class Replica(Record):
+class Replica(Record, frozen=True):
     """A model on a worker, as its peer reports it (and as the leader foresees it between reports)."""
 
     worker_id: str

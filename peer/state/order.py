@@ -11,7 +11,7 @@ from peer.state.worker import WorkerReport
 # ---------------------------------------------------------------- leader -> peer
 
 
-class RunAttempt(Record, tag="run_attempt"):
+class RunAttempt(Record, frozen=True, tag="run_attempt"):
     epoch: int
     worker_id: str
     task_id: str
@@ -22,7 +22,7 @@ class RunAttempt(Record, tag="run_attempt"):
     request_id: str = ""
 
 
-class StopAttempt(Record, tag="stop_attempt"):
+class StopAttempt(Record, frozen=True, tag="stop_attempt"):
     """Free its slot; no report is wanted."""
 
     epoch: int
@@ -31,7 +31,7 @@ class StopAttempt(Record, tag="stop_attempt"):
     attempt: int
 
 
-class ForgetAttempt(Record, tag="forget_attempt"):
+class ForgetAttempt(Record, frozen=True, tag="forget_attempt"):
     """Its outcome is recorded: the peer need not report it again."""
 
     epoch: int
@@ -40,19 +40,19 @@ class ForgetAttempt(Record, tag="forget_attempt"):
     attempt: int
 
 
-class LoadReplica(Record, tag="load_replica"):
+class LoadReplica(Record, frozen=True, tag="load_replica"):
     epoch: int
     worker_id: str
     model: Model
 
 
-class UnloadReplica(Record, tag="unload_replica"):
+class UnloadReplica(Record, frozen=True, tag="unload_replica"):
     epoch: int
     worker_id: str
     model_name: str
 
 
-class RestartEngine(Record, tag="restart_engine"):
+class RestartEngine(Record, frozen=True, tag="restart_engine"):
     epoch: int
     worker_id: str
 
@@ -62,7 +62,7 @@ Order = RunAttempt | StopAttempt | ForgetAttempt | LoadReplica | UnloadReplica |
 # ---------------------------------------------------------------- peer -> leader
 
 
-class AttemptStarted(Record, tag="attempt_started"):
+class AttemptStarted(Record, frozen=True, tag="attempt_started"):
     worker_id: str
     task_id: str
     attempt: int
@@ -70,7 +70,7 @@ class AttemptStarted(Record, tag="attempt_started"):
     prompt_tokens: int
 
 
-class AttemptFinished(Record, tag="attempt_finished"):
+class AttemptFinished(Record, frozen=True, tag="attempt_finished"):
     """Reported until the leader says ForgetAttempt."""
 
     worker_id: str
@@ -86,7 +86,7 @@ class AttemptFinished(Record, tag="attempt_finished"):
     stand_in: bool = False
 
 
-class AttemptFailed(Record, tag="attempt_failed"):
+class AttemptFailed(Record, frozen=True, tag="attempt_failed"):
     """`retryable`: the engine failed the task, not the task itself. Reported until ForgetAttempt."""
 
     worker_id: str
@@ -98,11 +98,11 @@ class AttemptFailed(Record, tag="attempt_failed"):
     retryable: bool
 
 
-class WorkerReported(Record, tag="worker_reported"):
+class WorkerReported(Record, frozen=True, tag="worker_reported"):
     report: WorkerReport
 
 
-class ReplicaLoaded(Record, tag="replica_loaded"):
+class ReplicaLoaded(Record, frozen=True, tag="replica_loaded"):
     """A load has ended well: what it measured. The state itself is in the WorkerReport."""
 
     worker_id: str
@@ -112,7 +112,7 @@ class ReplicaLoaded(Record, tag="replica_loaded"):
     load_s: float
 
 
-class AlertRaised(Record, tag="alert_raised"):
+class AlertRaised(Record, frozen=True, tag="alert_raised"):
     """A threshold was crossed, upwards (`raised`) or back."""
 
     worker_id: str
@@ -125,7 +125,7 @@ class AlertRaised(Record, tag="alert_raised"):
     message: str
 
 
-class EngineStarted(Record, tag="engine_started"):
+class EngineStarted(Record, frozen=True, tag="engine_started"):
     """How long this worker was away, from the restart's beginning to its self-test."""
 
     worker_id: str

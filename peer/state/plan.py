@@ -9,7 +9,7 @@ from peer.state.base import Record
 Strategy = Literal["memory_optimized", "load_balanced", "latency_optimized"]
 
 
-class Move(Record):
+class Move(Record, frozen=True):
     """One step. A migration loads on `to_worker` before it unloads from `from_worker`."""
 
     type: Literal["model_migration", "model_load", "model_unload"]
@@ -25,7 +25,7 @@ class Move(Record):
     actual_s: float | None = None
 
 
-class Plan(Record):
+class Plan(Record, frozen=True):
     rebalance_id: str
     strategy: str
     dry_run: bool

@@ -6,7 +6,7 @@ Times are wall seconds since 1970 (UTC) as the leader's clock gives them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
+from enum import Enum, StrEnum
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -16,7 +16,7 @@ from msgspec import Meta
 from peer.state.base import Record
 
 
-class Status(str, Enum):
+class Status(StrEnum):
     QUEUED = "queued"
     ASSIGNED = "assigned"  # committed to a worker, not yet started there; clients see "running"
     RUNNING = "running"
@@ -87,14 +87,14 @@ SHOWN_STATUSES = ("queued", "running", "completed", "failed", "cancelled")
 PRIORITY_NAMES: Mapping[str, int] = MappingProxyType({"critical": 1, "high": 3, "normal": 5, "low": 8})
 
 
-class TaskError(Record):
+class TaskError(Record, frozen=True):
     """Why a task failed: a code for programs, a sentence for people."""
 
     code: str
     message: str
 
 
-class Task(Record):
+class Task(Record, frozen=True):
     """One task without its parameters and result, which are records of their own (they can be large).
 
     `attempt` counts tries: 0 before the first assignment; `worker_id` is that of the current or last attempt.
@@ -124,14 +124,14 @@ class Task(Record):
     requeued_because: str = ""  # of the last attempt that did not finish
 
 
-class TaskInput(Record):
+class TaskInput(Record, frozen=True):
     """A task's validated parameters."""
 
     task_id: str
     parameters: dict[str, Any]
 
 
-class TaskResult(Record):
+class TaskResult(Record, frozen=True):
     """What the first finished attempt gave. Written once, with the transition to completed; never changed."""
 
     task_id: str
@@ -146,7 +146,7 @@ class TaskResult(Record):
     stand_in: bool = False
 
 
-class Idempotency(Record):
+class Idempotency(Record, frozen=True):
     """The first task made under a client's Idempotency-Key."""
 
     owner: str

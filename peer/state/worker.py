@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 from peer.state.base import Record
 from peer.state.model import Replica
 
 
-class EngineState(str, Enum):
+class EngineState(StrEnum):
     STARTING = "starting"
     READY = "ready"
     RESTARTING = "restarting"  # on request, or after a death, with backoff
     ERROR = "error"  # unusable device, or quarantined; `message` says why and what to do
 
 
-class DeviceInfo(Record):
+class DeviceInfo(Record, frozen=True):
     """What does not change while the engine runs."""
 
     device: str  # as configured: "CPU:LLVM", "KFD:0+AMD:LLVM", "fake"
@@ -25,7 +25,7 @@ class DeviceInfo(Record):
     stand_in: bool = False
 
 
-class HostInfo(Record):
+class HostInfo(Record, frozen=True):
     cpu: str
     ram_total_bytes: int
     ram_used_bytes: int
@@ -33,7 +33,7 @@ class HostInfo(Record):
     hostname: str = ""
 
 
-class Telemetry(Record):
+class Telemetry(Record, frozen=True):
     """Measured on the device. None: this device cannot tell."""
 
     memory_total_bytes: int
@@ -43,7 +43,7 @@ class Telemetry(Record):
     source: str = ""  # amdsmi, sysfs, psutil, stand-in
 
 
-class Worker(Record):
+class Worker(Record, frozen=True):
     """The durable part: that this worker exists, so that it is listed while it is offline."""
 
     worker_id: str
@@ -52,7 +52,7 @@ class Worker(Record):
     first_seen: float
 
 
-class WorkerReport(Record):
+class WorkerReport(Record, frozen=True):
     """All that a peer knows of one of its workers; sent every second and on every change."""
 
     worker_id: str
