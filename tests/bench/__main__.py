@@ -5,7 +5,7 @@
     --json FILE     all raw numbers, versions, the machine
     --quick         one short round of everything
 
-Exit status 0 whatever the figures are; 1 when a measure broke, 130 when interrupted.
+Exit status 0 whatever the figures are; 1 when something of ours could not be measured; 128 + signal when ended.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def main() -> int:
             "broken": broken,
         }
         given.json.write_text(json.dumps(whole, indent=1) + "\n")
-    return 1 if broken else 0
+    return 1 if broken or any(row.ours is None for row in rows) else 0
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+NOTE_CHARS = 160
+
 
 @dataclass
 class Row:
@@ -59,6 +61,12 @@ def median(values: Sequence[float]) -> float | None:
     return statistics.median(values) if values else None
 
 
+def brief(note: str) -> str:
+    """One line: of a traceback or a log its beginning and its last line. The JSON has all of it."""
+    lines = [line.strip() for line in note.splitlines() if line.strip()]
+    return " ... ".join(line[:NOTE_CHARS] for line in (lines[0], lines[-1])) if len(lines) > 1 else note
+
+
 def _number(value: float | None) -> str:
     if value is None:
         return "-"
@@ -70,14 +78,16 @@ def _number(value: float | None) -> str:
 def table(rows: Sequence[Row]) -> str:
     """Columns name, ours, reference, ratio, goal; notes below, numbered."""
     head = ("name", "unit", "ours", "reference", "beside", "ratio", "goal", "")
-    cells, notes = [head], []
+    cells: list[tuple[str, ...]] = [head]
+    notes: list[str] = []
     for row in rows:
         verdict = {True: "met", False: "MISSED", None: ""}[row.met]
         if row.goal and row.met is None:
             verdict = "not measured"
-        if row.note:
-            notes.append(row.note)
-            verdict = f"{verdict} [{len(notes)}]".strip()
+        if note := brief(row.note):
+            if note not in notes:
+                notes.append(note)
+            verdict = f"{verdict} [{notes.index(note) + 1}]".strip()
         ratio = "-" if row.ratio is None else f"{row.ratio:.2f}"
         goal = row.goal.replace(">=", " >= ").replace("<=", " <= ")
         cells.append(

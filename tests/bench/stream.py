@@ -31,7 +31,8 @@ TOKENS = 64
 TOKENS_PER_S = 200.0
 CONCURRENT = 8
 ENGINE_RUNS = 20
-START_S = 120.0
+START_S = 60.0
+STREAM_S = 2.0  # a window holds several streams
 PROMPT = " ".join(f"w{number}" for number in range(TOKENS))
 CONFIG = f"engine:\n  slots: {2 * CONCURRENT}\n  fake:\n    tokens_per_s: {TOKENS_PER_S}\n"
 
@@ -104,12 +105,15 @@ def litellm(home: Path) -> Iterator[tuple[Proxy, dict[str, Any]]]:
     ):
         model_server.wait_port(mock_port, START_S)
         server.wait_port(port, START_S)
-        spec = {"port": port, "request": request, "marker": "w0 "}
+        spec: dict[str, Any] = {"port": port, "request": request, "marker": "w0 "}
+        run_load(
+            Spec(**spec, seconds=START_S, warmup_s=0.0, exchanges_max=4)
+        )  # its first answers take seconds
         yield Proxy("LiteLLM", spec, server, only_itself=False), spec | {"port": mock_port}
 
 
 def _load(spec: dict[str, Any], connections: int, seconds: float) -> Outcome:
-    return run_load(Spec(**spec, connections=connections, seconds=seconds, warmup_s=1.0))
+    return run_load(Spec(**spec, connections=connections, seconds=max(seconds, STREAM_S), warmup_s=1.0))
 
 
 class Streams:
