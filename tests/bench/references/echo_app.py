@@ -1,5 +1,7 @@
 """The bare web stack: quart-trio answering a JSON body with itself, on hypercorn's trio worker.
 
+hypercorn has the product's settings (date header once a second, no server header, connections stay).
+
 `python -m tests.bench.references.echo_app PORT`, in the project's own environment.
 """
 
@@ -8,10 +10,11 @@ from __future__ import annotations
 import sys
 
 import trio
-from hypercorn.config import Config
 from hypercorn.trio import serve
 from quart import ResponseReturnValue, request
 from quart_trio import QuartTrio
+
+from api.serve import Settings
 
 app = QuartTrio(__name__)
 
@@ -27,10 +30,8 @@ async def ready() -> ResponseReturnValue:
 
 
 def main() -> None:
-    config = Config()
+    config = Settings()
     config.bind = [f"127.0.0.1:{sys.argv[1]}"]
-    config.accesslog = None
-    config.keep_alive_max_requests = 1_000_000_000  # as the product: a keep-alive connection stays
     trio.run(serve, app, config)
 
 
