@@ -60,7 +60,7 @@ def find(url: str | None, key_file: str | None, data_dir: str | None, environ: M
     """
     directory = find_data_dir(data_dir, environ)
     given = url or environ.get("BITINGLIP_URL")
-    found, pid = (given, 0) if given else _running(directory)
+    found, pid = (given, 0) if given else running(directory)
     address = _checked(found or URL_DEFAULT)
     own = not given or data_dir is not None or local(address)
     return Target(address, _key(key_file, directory if own else None, environ), directory, pid)
@@ -85,7 +85,7 @@ def _checked(url: str) -> str:
     return url.rstrip("/")
 
 
-def _running(directory: Path) -> tuple[str | None, int]:
+def running(directory: Path) -> tuple[str | None, int]:
     """What the peer of this data directory wrote of itself."""
     try:
         content = json.loads((directory / "peer.json").read_text())

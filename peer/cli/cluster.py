@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peer.cli.common import client_options, emit, json_option, pairs, say, shown, table
+from peer.cli.common import client_options, emit, json_option, pairs, poll_pause, say, shown, table
 from peer.cli.exits import CliError, Exit
 from peer.cli.tasks import path_part
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from peer.cli.client import Client
 
 RESTART_S_MAX = 180.0
-POLL_S = 0.5
 
 
 @click.command()
@@ -135,13 +134,12 @@ def restart(client: Client, worker_id: str, wait: bool, as_json: bool) -> None:
 
 
 def _await_worker(client: Client, worker_id: str) -> None:
-    end = time.monotonic() + RESTART_S_MAX
-    time.sleep(POLL_S)
-    while time.monotonic() < end:
+    began = time.monotonic()
+    while (elapsed_s := time.monotonic() - began) < RESTART_S_MAX:
+        time.sleep(poll_pause(elapsed_s))
         found = client.get(f"/workers/{path_part(worker_id)}").data
         if found["status"] in ("online", "busy"):
             return
-        time.sleep(POLL_S)
     raise CliError(
         f"{worker_id} does not serve again after {RESTART_S_MAX:.0f} s",
         Exit.FAILED,

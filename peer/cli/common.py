@@ -122,6 +122,11 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or (ord(c) >= 32 and not 127 <= ord(c) < 160))
 
 
+def poll_pause(elapsed_s: float) -> float:
+    """Seconds until the next look at something slow: soon at first, and never near the key's rate limit."""
+    return min(5.0, 0.4 + elapsed_s / 20)
+
+
 def say(text: str) -> None:
     """A remark that is no result goes to stderr."""
     print(printable(text), file=sys.stderr, flush=True)

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peer.cli.common import client_options, console, emit, json_option, say, shown, table
+from peer.cli.common import client_options, console, emit, json_option, poll_pause, say, shown, table
 from peer.cli.exits import CliError, Exit
 
 if TYPE_CHECKING:
     from peer.cli.client import Client
 
-POLL_S = 0.5
 LOADED = frozenset({"loaded"})
 Show = Callable[[str, str, float | None], None]  # worker, status, percent
 
@@ -84,6 +83,7 @@ def follow_load(client: Client, model: str, worker_ids: list[str]) -> None:
     """Show the load's progress until it is done. Raises CliError if it fails anywhere."""
     waiting = dict.fromkeys(worker_ids)
     seen: set[str] = set()
+    began = time.monotonic()
     with progress(model) as show:
         while waiting:
             states = _states(client, model)
@@ -103,7 +103,7 @@ def follow_load(client: Client, model: str, worker_ids: list[str]) -> None:
             if gone:
                 raise CliError(f"{model} is no longer wanted on {', '.join(sorted(gone))}", Exit.FAILED)
             if waiting:
-                time.sleep(POLL_S)
+                time.sleep(poll_pause(time.monotonic() - began))
 
 
 def _states(client: Client, model: str) -> dict[str, dict[str, Any]]:

@@ -1,0 +1,44 @@
+# make demo    a peer, a real model, a generated text, and everything stopped again
+# make run     the same peer in the foreground at http://127.0.0.1:8000
+# make test    all that the tests need, then style, types, imports and tests
+# make lint    style, types and imports only
+# make bench   measurements beside other programs, in environments of their own
+# make clean   remove caches, build outputs and the demo's data
+#
+# PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made with.
+
+export PYTHON
+BIN := .venv/bin
+.PHONY: demo run test lint bench clean
+.DEFAULT_GOAL := demo
+
+demo:
+	@.ci/setup demo
+	@$(BIN)/bitinglip demo
+
+run:
+	@.ci/setup demo
+	@$(BIN)/bitinglip up --data-dir .data/demo --api 127.0.0.1:8000 --device CPU --model smollm2-135m
+
+test:
+	@.ci/setup test
+	@$(MAKE) --no-print-directory lint-ready
+	$(BIN)/python -m pytest
+
+lint:
+	@.ci/setup test
+	@$(MAKE) --no-print-directory lint-ready
+
+.PHONY: lint-ready
+lint-ready:
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench:
+	@.ci/setup test
+	$(BIN)/python -m tests.bench
+
+clean:
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .data/demo .data/demo.log
+	find . -path ./.venv -prune -o -path ./.bench -prune -o -name __pycache__ -type d -exec rm -rf {} +
