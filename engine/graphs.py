@@ -1,0 +1,111 @@
+"""A model's step as captured graphs, one for each number of rows ("bucket"); a step takes the smallest that fits.
+
+Rows that pad a bucket write to a spare position behind every context, which no row ever reads.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tinygrad import Tensor, TinyJit
+from tinygrad.uop.ops import UOp
+
+from engine.batching import Row
+from engine.models.llama import Llama
+
+PROMPT_ROWS_CPU = 32  # 0.1 s a step with the small model on two cores: what decoding runs wait at most
+PROMPT_ROWS_GPU = 128
+_BUCKETS = (1, 4, 8, 16, 32, 64)
+
+
+def bucket_sizes(slots: int, on_cpu: bool) -> list[int]:
+    """Decoding buckets up to the number of slots, and one for prompts."""
+    decode = [size for size in _BUCKETS if size < slots] + [next((s for s in _BUCKETS if s >= slots), slots)]
+    prompt = PROMPT_ROWS_CPU if on_cpu else PROMPT_ROWS_GPU
+    return sorted({*decode, max(prompt, decode[-1])})
+
+
+def cache_length(context: int) -> int:
+    """C: the context and the spare position, in whole vectors."""
+    return -(-(context + 1) // 32) * 32
+
+
+class _Bucket:
+    """Fixed input buffers and the graph that reads them. R rows, logits of L of them."""
+
+    def __init__(self, model: Llama, rows: int, wanted: int) -> None:
+        self._rows, self._wanted = rows, wanted
+        self._spare = model.length - 1
+        half = model.config.width // 2
+        self._ints = [Tensor(np.zeros(rows, dtype=np.int32)).realize() for _ in range(3)]
+        self._angles = Tensor(np.zeros((2, rows, half), dtype=np.float32)).realize()
+        self._want = Tensor(np.zeros(wanted, dtype=np.int32)).realize()
+        self._model = model
+
+        def forward(
+            tokens: Tensor, slots: Tensor, positions: Tensor, angles: Tensor, wanted: Tensor, length: UOp
+        ) -> Tensor:
+            return model.forward(tokens, slots, positions, angles, wanted, length).realize()
+
+        self._graph: Any = TinyJit(forward)
+        # The first call of a TinyJit runs without capturing, to let things settle; all inputs here are realised, and
+        # that call takes half of the time it takes to build the graph.
+        self._graph.cnt = 1
+
+    def step(self, rows: Sequence[Row], wanted: Sequence[int]) -> npt.NDArray[np.float32]:
+        table = np.zeros((3, self._rows), dtype=np.int32)
+        table[2] = self._spare
+        for index, row in enumerate(rows):
+            table[:, index] = row.token, row.slot, row.position
+        want = np.zeros(self._wanted, dtype=np.int32)
+        want[: len(wanted)] = wanted
+        for tensor, values in zip(self._ints, table, strict=True):
+            _fill(tensor, values)
+        _fill(self._angles, self._model.angles(table[2]))
+        _fill(self._want, want)
+        length = max((row.position for row in rows), default=0) + 1
+        variable = UOp.variable("length", 1, self._model.length).bind(length)
+        logits: npt.NDArray[np.float32] = self._graph(*self._ints, self._angles, self._want, variable).numpy()
+        return logits[: len(wanted)]
+
+    def free(self) -> None:
+        if self._graph.captured is not None:
+            self._graph.captured.free_intermediates()
+
+
+def _fill(tensor: Tensor, values: npt.NDArray[Any]) -> None:
+    """Overwrite a realised tensor's buffer, without the scheduler."""
+    tensor.uop.base.realized.copyin(np.ascontiguousarray(values).data.cast("B"))
+
+
+class GraphedModel:
+    """A `StepModel` over captured graphs."""
+
+    def __init__(self, model: Llama, slots: int, context: int, on_cpu: bool) -> None:
+        self.slots, self.context = slots, context
+        self._model = model
+        self.sizes = bucket_sizes(slots, on_cpu)
+        self.rows_max = self.sizes[-1]
+        self._buckets: dict[int, _Bucket] = {}
+
+    def capture(self, size: int) -> None:
+        """Build a bucket's graph and run it twice, so that its kernels are compiled and its memory taken."""
+        bucket = self._buckets[size] = _Bucket(self._model, size, min(size, self.slots))
+        for _ in range(2):
+            bucket.step([], [])
+
+    def step(self, rows: Sequence[Row], wanted: Sequence[int]) -> npt.NDArray[np.float32]:
+        size = next(size for size in self.sizes if size >= len(rows))
+        return self._buckets[size].step(rows, wanted)
+
+    def free(self) -> None:
+        """Let go of graphs, weights and caches."""
+        for bucket in self._buckets.values():
+            bucket.free()
+        self._buckets.clear()
+        del self._model
+        gc.collect()

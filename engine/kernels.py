@@ -1,0 +1,275 @@
+"""The kernels of a transformer step that plain tensor operations make slow, written as tinygrad UOps.
+
+A step works on *rows*: row `r` is one token of the run in slot `slots[r]` at position `positions[r]`. Decoding runs
+give one row each and a prompt gives as many as fit, so one graph serves prefill and decode together.
+
+Shapes: R rows, I inputs, O outputs, H query heads, G key/value heads, D head dimension, S slots, C cache length
+(context and some padding). Activations are float32, weights and caches float16 (or float32), indices int32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tinygrad import Tensor, dtypes
+from tinygrad.codegen.opt import Opt, OptOps
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+
+Kernel = Callable[..., UOp]
+LOG2_E = 1.4426950408889634
+THREADED_MACS_MIN = 4_000_000  # below it, waking the second core costs more than it saves
+
+
+def _sum(value: UOp, over: UOp) -> UOp:
+    return value.reduce(over, arg=Ops.ADD)
+
+
+def _divisor(size: int, choices: tuple[int, ...]) -> int:
+    """The first of `choices` that divides `size`, or 1."""
+    return next((choice for choice in choices if size % choice == 0), 1)
+
+
+def _cpu_matmul_opts(rows: int, outputs: int, inputs: int, threads: int) -> tuple[Opt, ...]:
+    """Loop shapes measured to be fastest through LLVM 22: the sum over inputs is left to its loop vectoriser.
+
+    Several rows share each weight that is loaded (upcast over rows); two outputs at once hide the latency of adds.
+    """
+    opts: list[Opt] = []
+    outputs_axis = 0
+    if rows > 1:
+        block = _divisor(rows, (8, 4, 2))
+        opts.append(Opt(OptOps.UPCAST, 0, block))
+        outputs_axis = 1 if rows > block else 0
+        if outputs % 2 == 0 and rows > block:
+            opts.append(Opt(OptOps.UPCAST, outputs_axis, 2))
+            outputs //= 2
+    if threads > 1 and outputs % threads == 0 and rows * outputs * inputs >= THREADED_MACS_MIN:
+        opts.append(Opt(OptOps.THREAD, outputs_axis, threads))
+    return tuple(opts)
+
+
+def matmul(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    scale: Tensor | None = None,
+    residual: Tensor | None = None,
+    threads: int = 1,
+) -> Tensor:
+    """`scale[r] * (x @ weight.T) + residual`: x [R, I], weight [O, I], scale [R], residual [R, O] -> [R, O]."""
+    rows, inputs = x.shape
+    outputs = weight.shape[0]
+    extras = [tensor for tensor in (scale, residual) if tensor is not None]
+    on_cpu = str(x.device).split(":")[0] == "CPU"
+    opts = _cpu_matmul_opts(rows, outputs, inputs, threads) if on_cpu else None
+
+    def kernel(out: UOp, x: UOp, weight: UOp, *more: UOp) -> UOp:
+        r, o = UOp.range(rows, 0), UOp.range(outputs, 1)
+        i = UOp.range(inputs, 2, axis_type=AxisType.REDUCE)
+        value = _sum(x[r, i] * weight[o, i].cast(dtypes.float32), i)
+        left = list(more)
+        if scale is not None:
+            value = value * left.pop(0)[r]
+        if residual is not None:
+            value = value + left.pop(0)[r, o]
+        info = KernelInfo(name=f"matmul_{rows}_{outputs}_{inputs}", opts_to_apply=opts)
+        return out[r, o].store(value).end(r, o).sink(arg=info)
+
+    out = Tensor.empty(rows, outputs, dtype=dtypes.float32, device=x.device)
+    return _call(kernel, out, x, weight, *extras)
+
+
+def gather_rows(table: Tensor, indices: Tensor) -> Tensor:
+    """table [N, I], indices [R] -> float32 [R, I]: embedding look-up without a one-hot product."""
+    rows, inputs = indices.shape[0], table.shape[1]
+
+    def kernel(out: UOp, table: UOp, indices: UOp) -> UOp:
+        r, i = UOp.range(rows, 0), UOp.range(inputs, 1)
+        value = table[_index(indices[r], table.shape[0]), i].cast(dtypes.float32)
+        return out[r, i].store(value).end(r, i).sink(arg=KernelInfo(name=f"gather_{rows}_{inputs}"))
+
+    out = Tensor.empty(rows, inputs, dtype=dtypes.float32, device=table.device)
+    return _call(kernel, out, table, indices)
+
+
+def write_cache(
+    cache: Tensor, qkv: Tensor, angles: Tensor, slots: Tensor, positions: Tensor, heads: int
+) -> Tensor:
+    """Rotate the keys of `qkv` and store keys and values at their slot and position. Returns the cache.
+
+    cache [2, S, G, C, D]; qkv [R, (H + 2 G) D]; angles [2, R, D / 2] = cosines and sines; slots, positions [R].
+    Costs the same at any context length. Pairs are neighbours (2 j, 2 j + 1), as GGUF's llama layout has them.
+    """
+    _, _, groups, _, width = cache.shape
+    rows = qkv.shape[0]
+    half = width // 2
+
+    def kernel(cache: UOp, qkv: UOp, angles: UOp, slots: UOp, positions: UOp) -> UOp:
+        r, g, j = UOp.range(rows, 0), UOp.range(groups, 1), UOp.range(half, 2)
+        slot, position = _index(slots[r], cache.shape[1]), _index(positions[r], cache.shape[3])
+        keys, values = (heads + g) * width + 2 * j, (heads + groups + g) * width + 2 * j
+        even, odd = qkv[r, keys], qkv[r, keys + 1]
+        cos, sin = angles[0, r, j], angles[1, r, j]
+        stores = [
+            cache[0, slot, g, position, 2 * j].store((even * cos - odd * sin).cast(cache.dtype.base)),
+            cache[0, slot, g, position, 2 * j + 1].store((odd * cos + even * sin).cast(cache.dtype.base)),
+            cache[1, slot, g, position, 2 * j].store(qkv[r, values].cast(cache.dtype.base)),
+            cache[1, slot, g, position, 2 * j + 1].store(qkv[r, values + 1].cast(cache.dtype.base)),
+        ]
+        return (
+            UOp.group(*stores).end(r, g, j).sink(arg=KernelInfo(name=f"write_cache_{rows}", opts_to_apply=()))
+        )
+
+    return _call(kernel, cache, qkv, angles, slots, positions)
+
+
+def rotate_queries(qkv: Tensor, angles: Tensor, heads: int, width: int) -> Tensor:
+    """qkv [R, (H + 2 G) D], angles [2, R, D / 2] -> rotated queries [R, H, D], scaled by 1 / sqrt(D)."""
+    rows = qkv.shape[0]
+    scale = width**-0.5
+
+    def kernel(out: UOp, qkv: UOp, angles: UOp) -> UOp:
+        r, h, j = UOp.range(rows, 0), UOp.range(heads, 1), UOp.range(width // 2, 2)
+        even, odd = qkv[r, h * width + 2 * j], qkv[r, h * width + 2 * j + 1]
+        cos, sin = angles[0, r, j] * scale, angles[1, r, j] * scale
+        stores = [
+            out[r, h, 2 * j].store(even * cos - odd * sin),
+            out[r, h, 2 * j + 1].store(odd * cos + even * sin),
+        ]
+        return UOp.group(*stores).end(r, h, j).sink(arg=KernelInfo(name=f"rotate_{rows}", opts_to_apply=()))
+
+    out = Tensor.empty(rows, heads, width, dtype=dtypes.float32, device=qkv.device)
+    return _call(kernel, out, qkv, angles)
+
+
+def attention(queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, length: UOp) -> Tensor:
+    """Causal attention of each row over its own slot's cache.
+
+    queries [R, H, D] (rotated and scaled), cache [2, S, G, C, D], `length` a bound variable of at least
+    max(positions) + 1: one graph serves every length. -> [R, H D].
+    """
+    rows, heads, width = queries.shape
+    scores = _scores(queries, cache, slots, positions, length)
+    weights = _exponentials(scores, length)
+    return _weighted_values(weights, cache, slots, length).reshape(rows, heads * width)
+
+
+def _scores(queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, length: UOp) -> Tensor:
+    """-> [R, H, C]; set up to `length`, minus infinity after a row's own position."""
+    rows, heads, width = queries.shape
+    share = heads // cache.shape[2]
+
+    def kernel(out: UOp, queries: UOp, cache: UOp, slots: UOp, positions: UOp) -> UOp:
+        r, h, n = UOp.range(rows, 0), UOp.range(heads, 1), UOp.range(_unbound(length), 2)
+        d = UOp.range(width, 3, axis_type=AxisType.REDUCE)
+        key = cache[0, _index(slots[r], cache.shape[1]), h // share, n, d].cast(dtypes.float32)
+        value = _sum(queries[r, h, d] * key, d)
+        seen = n <= positions[r].cast(dtypes.weakint)
+        value = seen.where(value, UOp.const(dtypes.float32, float("-inf")))
+        info = KernelInfo(name=f"scores_{rows}", opts_to_apply=())
+        return out[r, h, n].store(value).end(r, h, n).sink(arg=info)
+
+    out = Tensor.empty(rows, heads, cache.shape[3], dtype=dtypes.float32, device=cache.device)
+    return _call(kernel, out, queries, cache, slots, positions, bound=(length,))
+
+
+def _exponentials(scores: Tensor, length: UOp) -> Tensor:
+    """exp(score - highest score of its row and head), not yet divided by their sum: [R, H, C]."""
+    rows, heads, _ = scores.shape
+
+    def highest(out: UOp, scores: UOp) -> UOp:
+        r, h = UOp.range(rows, 0), UOp.range(heads, 1)
+        n = UOp.range(_unbound(length), 2, axis_type=AxisType.REDUCE)
+        value = scores[r, h, n].reduce(n, arg=Ops.MAX)
+        return out[r, h].store(value).end(r, h).sink(arg=KernelInfo(name=f"highest_{rows}", opts_to_apply=()))
+
+    def exponentials(out: UOp, scores: UOp, most: UOp) -> UOp:
+        r, h, n = UOp.range(rows, 0), UOp.range(heads, 1), UOp.range(_unbound(length), 2)
+        value = ((scores[r, h, n] - most[r, h]) * LOG2_E).alu(Ops.EXP2)
+        return (
+            out[r, h, n].store(value).end(r, h, n).sink(arg=KernelInfo(name=f"exp_{rows}", opts_to_apply=()))
+        )
+
+    most = _call(
+        highest,
+        Tensor.empty(rows, heads, dtype=dtypes.float32, device=scores.device),
+        scores,
+        bound=(length,),
+    )
+    return _call(
+        exponentials,
+        Tensor.empty(*scores.shape, dtype=dtypes.float32, device=scores.device),
+        scores,
+        most,
+        bound=(length,),
+    )
+
+
+def _weighted_values(weights: Tensor, cache: Tensor, slots: Tensor, length: UOp) -> Tensor:
+    """weights [R, H, C] -> their mean of the cached values, [R, H, D]."""
+    rows, heads, _ = weights.shape
+    width = cache.shape[4]
+    share = heads // cache.shape[2]
+    opts = (Opt(OptOps.UPCAST, _axis(rows) + _axis(heads), 16),) if width % 16 == 0 else ()
+
+    def kernel(out: UOp, weights: UOp, cache: UOp, slots: UOp) -> UOp:
+        r, h, d = UOp.range(rows, 0), UOp.range(heads, 1), UOp.range(width, 2)
+        n = UOp.range(_unbound(length), 3, axis_type=AxisType.REDUCE)
+        value = cache[1, _index(slots[r], cache.shape[1]), h // share, n, d].cast(dtypes.float32)
+        total, part = _sum(weights[r, h, n] * value, n), _sum(weights[r, h, n], n)
+        info = KernelInfo(name=f"values_{rows}", opts_to_apply=opts)
+        return out[r, h, d].store(total / part).end(r, h, d).sink(arg=info)
+
+    out = Tensor.empty(rows, heads, width, dtype=dtypes.float32, device=cache.device)
+    return _call(kernel, out, weights, cache, slots, bound=(length,))
+
+
+def inverse_norm(x: Tensor, epsilon: float) -> Tensor:
+    """x [R, I] -> 1 / root mean square of each row, [R]. The norm's weights are folded into the next matrix."""
+    rows, inputs = x.shape
+
+    def kernel(out: UOp, x: UOp) -> UOp:
+        r, i = UOp.range(rows, 0), UOp.range(inputs, 1, axis_type=AxisType.REDUCE)
+        mean = _sum(x[r, i] * x[r, i], i) * (1.0 / inputs) + epsilon
+        value = mean.alu(Ops.SQRT).alu(Ops.RECIPROCAL)
+        return out[r].store(value).end(r).sink(arg=KernelInfo(name=f"norm_{rows}", opts_to_apply=()))
+
+    return _call(kernel, Tensor.empty(rows, dtype=dtypes.float32, device=x.device), x)
+
+
+def gated(x: Tensor) -> Tensor:
+    """x [R, 2 F] = gate and up side by side -> silu(gate) * up, [R, F]."""
+    rows, twice = x.shape
+    size = twice // 2
+
+    def kernel(out: UOp, x: UOp) -> UOp:
+        r, f = UOp.range(rows, 0), UOp.range(size, 1)
+        gate, up = x[r, f], x[r, size + f]
+        value = gate * up * ((gate * -LOG2_E).alu(Ops.EXP2) + 1.0).alu(Ops.RECIPROCAL)
+        return out[r, f].store(value).end(r, f).sink(arg=KernelInfo(name=f"gated_{rows}_{size}"))
+
+    return _call(kernel, Tensor.empty(rows, size, dtype=dtypes.float32, device=x.device), x)
+
+
+def _axis(size: int) -> int:
+    """How many axes a loop of this size leaves: tinygrad drops loops of one."""
+    return 1 if size > 1 else 0
+
+
+def _index(value: UOp, size: int) -> UOp:
+    """A loaded index, held to [0, size): in bounds whatever it is, and without a modulo in every address."""
+    return value.cast(dtypes.weakint).maximum(0).minimum(size - 1)
+
+
+def _unbound(length: UOp) -> UOp:
+    return length.unbind()[0]
+
+
+def _call(kernel: Kernel, *tensors: Tensor, bound: tuple[UOp, ...] = ()) -> Tensor:
+    """`Tensor.custom_kernel` that also tells the scheduler which bound variables the kernel's loops use.
+
+    Returns the first tensor as it is after the kernel, which is the one the kernel writes.
+    """
+    sources = [t.uop if t.uop.op is Ops.AFTER else t.uop.contiguous() for t in tensors]
+    placeholders = [UOp.placeholder_like(source, slot=slot) for slot, source in enumerate(sources)]
+    return Tensor(sources[0].after(kernel(*placeholders).call(*sources, *bound)))

@@ -1,0 +1,128 @@
+"""Loading a model onto the device and giving its memory back. On the device's thread only."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tinygrad import Device
+from tinygrad.helpers import CPU_COUNT, GlobalCounters
+
+from engine import gguf, tokenizer
+from engine.batching import Batcher
+from engine.device import DeviceName, memory_available
+from engine.errors import LoadError
+from engine.graphs import GraphedModel, bucket_sizes, cache_length
+from engine.models import check_family, llama
+from engine.protocol import Load, Loaded, LoadProgress
+from engine.weights import Weights
+
+Progress = Callable[[LoadProgress], None]
+
+
+@dataclass
+class LoadedModel:
+    """A model that serves runs."""
+
+    batcher: Batcher
+    graphs: GraphedModel
+    loaded: Loaded
+
+
+def memory_used() -> int:
+    """Bytes that tinygrad holds on the device."""
+    return int(GlobalCounters.mem_used)
+
+
+def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: Progress) -> LoadedModel:
+    """Read, check, upload, capture. Raises LoadError, after which the device holds nothing of the model."""
+    began, before = time.monotonic(), memory_used()
+    header = gguf.read(load.path)
+    check_family(header, load.family)
+    vocabulary = tokenizer.from_gguf(header)
+    config = llama.read_config(header)
+    if slots < 1 or load.context < 2:
+        raise LoadError("bad_parameters", f"{slots} slots of {load.context} tokens make no sense")
+    context = min(load.context, config.context_max)
+    on_cpu = name.kind == "CPU"
+    need = memory_needed(header, config, slots, context, on_cpu)
+    check_memory(load.model, need, limit, memory_available(name))
+    progress(LoadProgress(model=load.model, stage="read", done=header.file_size, total=header.file_size))
+    graphs: GraphedModel | None = None
+    try:
+        with Weights(header, _uploads(load.model, progress)) as weights:
+            model = llama.Llama(
+                config, weights, slots, cache_length(context), CPU_COUNT.value if on_cpu else 1
+            )
+        graphs = GraphedModel(model, slots, context, on_cpu)
+        del model
+        for done, size in enumerate(graphs.sizes):
+            progress(LoadProgress(model=load.model, stage="compile", done=done, total=len(graphs.sizes)))
+            graphs.capture(size)
+        progress(
+            LoadProgress(model=load.model, stage="compile", done=len(graphs.sizes), total=len(graphs.sizes))
+        )
+    except (MemoryError, OSError) as error:
+        if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            raise
+        if graphs is not None:
+            graphs.free()
+        text = f"{load.model} did not fit after all ({error}): {need} bytes were expected to be enough"
+        raise LoadError("out_of_memory", text) from None
+    loaded = Loaded(
+        model=load.model,
+        memory_bytes=memory_used() - before,
+        load_s=time.monotonic() - began,
+        context=context,
+        slots=slots,
+    )
+    return LoadedModel(Batcher(graphs, vocabulary), graphs, loaded)
+
+
+def _uploads(model: str, progress: Progress) -> Callable[[int, int], None]:
+    return lambda done, total: progress(LoadProgress(model=model, stage="upload", done=done, total=total))
+
+
+def memory_needed(
+    header: gguf.Gguf, config: llama.LlamaConfig, slots: int, context: int, on_cpu: bool
+) -> int:
+    """Weights, caches and the steps' intermediates, in bytes of the device."""
+    length = cache_length(context)
+    weights = config.weights_bytes(tied="output.weight" not in header.tensors)
+    steps = sum(
+        4 * rows * (2 * config.heads * length + 4 * config.embedding + config.qkv + 3 * config.feed_forward)
+        + 4 * min(rows, slots) * config.vocabulary
+        for rows in bucket_sizes(slots, on_cpu)
+    )
+    return weights + config.cache_bytes(slots, length) + steps
+
+
+def check_memory(model: str, need: int, limit: int, available: int) -> None:
+    """Raises LoadError `out_of_memory` with the arithmetic. A limit or availability of 0 is unknown."""
+    used = memory_used()
+    free = limit - used if limit else need
+    if need > free:
+        raise LoadError(
+            "out_of_memory",
+            f"{model} needs {need} bytes (weights in float16, caches, intermediates); the device may use {limit}, "
+            f"of which {used} are taken and {free} are free: unload a model, or use fewer slots or a shorter context",
+        )
+    if available and need > available:
+        raise LoadError(
+            "out_of_memory", f"{model} needs {need} bytes and the host has only {available} available now"
+        )
+
+
+def unload_model(model: LoadedModel) -> int:
+    """Let go of a model's memory. Bytes that came back, measured."""
+    before = memory_used()
+    model.graphs.free()
+    del model.batcher
+    gc.collect()
+    allocator = Device[Device.DEFAULT].allocator
+    if hasattr(allocator, "free_cache"):
+        allocator.free_cache()
+    return before - memory_used()

@@ -1,0 +1,228 @@
+"""Text to tokens and back, from a GGUF's own tables, on the `tokenizers` library.
+
+Two kinds: `gpt2` (byte-level BPE, with the pre-tokenizers below) and `llama` (SentencePiece BPE with scores).
+Others raise LoadError `unsupported_tokenizer`: a guess would yield plausible garbage. Thread-safe once built.
+"""
+
+from __future__ import annotations
+
+import codecs
+from dataclasses import dataclass
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from engine.errors import LoadError
+from engine.gguf import Gguf, bad_file
+
+CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # tokenizer.ggml.token_type
+_SPACE = "\u2581"  # SentencePiece's visible space
+_END_NAMES = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>", "</s>", "<|eom_id|>")
+
+# https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp, by tokenizer.ggml.pre
+_LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def _pre_tokenizer(name: str) -> tuple[Any, bool] | None:
+    """The pre-tokenizer of that name and whether whole words in the vocabulary skip the merges."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    if name in ("gpt-2", "gpt2"):
+        return byte_level, False
+    if name in ("smollm", "codeshell", "refact", "command-r"):
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        return pre_tokenizers.Sequence([digits, byte_level]), False
+    if name in ("llama-bpe", "llama3", "llama-v3"):
+        split = pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), "isolated")
+        plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        return pre_tokenizers.Sequence([split, plain]), True
+    return None
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's byte-to-unicode table, reversed."""
+    kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    table = {chr(byte): byte for byte in kept}
+    others = [byte for byte in range(256) if byte not in kept]
+    return table | {chr(256 + index): byte for index, byte in enumerate(others)}
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A model's tokenizer. `pieces[t]` are the bytes that token `t` stands for, empty for control tokens."""
+
+    tokenizer: Tokenizer
+    pieces: list[bytes]
+    names: list[str]
+    begin: int | None  # token put before every prompt
+    end: int | None  # the end-of-sequence token, as chat templates name it
+    ends: frozenset[int]  # every token that ends a generation
+    chat_template: str | None
+    context_max: int
+    strip_first_space: bool
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt; control tokens that a chat template wrote are recognised."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        if self.begin is not None and ids[:1] != [self.begin]:
+            ids.insert(0, self.begin)
+        return ids
+
+    def name(self, token: int | None) -> str:
+        return self.names[token] if token is not None and 0 <= token < len(self.names) else ""
+
+    def detokenizer(self) -> Detokenizer:
+        return Detokenizer(self)
+
+
+class Detokenizer:
+    """Tokens in, text out as soon as its UTF-8 is complete."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._pieces = vocabulary.pieces
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._strip = vocabulary.strip_first_space
+
+    def push(self, token: int) -> str:
+        """The text that this token completes, "" while a character is incomplete."""
+        piece = self._pieces[token]
+        if self._strip and piece:
+            piece, self._strip = piece.removeprefix(b" "), False
+        return self._decode(piece)
+
+    def finish(self) -> str:
+        """What is left: a replacement character for an incomplete one."""
+        return self._decode(b"", True)
+
+
+def _table(gguf: Gguf, key: str, kind: type, length: int | None = None) -> list[Any]:
+    value = gguf.metadata.get(key)
+    if not isinstance(value, list) or not value or not all(isinstance(item, kind) for item in value):
+        raise bad_file(gguf.path, f"{key} is missing or no list of {kind.__name__}")
+    if length is not None and len(value) != length:
+        raise bad_file(gguf.path, f"{key} has {len(value)} entries instead of {length}")
+    return value
+
+
+def from_gguf(gguf: Gguf) -> Vocabulary:
+    """Build the tokenizer. Raises LoadError `unsupported_tokenizer` or `bad_model_file`."""
+    model = gguf.text("tokenizer.ggml.model")
+    names = _table(gguf, "tokenizer.ggml.tokens", str)
+    kinds = [1] * len(names)
+    if "tokenizer.ggml.token_type" in gguf.metadata:
+        kinds = _table(gguf, "tokenizer.ggml.token_type", int, len(names))
+    if model == "gpt2":
+        tokenizer = _byte_level(gguf, names)
+        table = _byte_of_character()
+        pieces = [_gpt2_bytes(name, table) for name in names]
+    elif model == "llama":
+        tokenizer = _sentencepiece(gguf, names, kinds)
+        pieces = [_llama_bytes(name, kind) for name, kind in zip(names, kinds, strict=True)]
+    else:
+        raise LoadError(
+            "unsupported_tokenizer", f"{gguf.path} has a {model!r} tokenizer; usable are gpt2 and llama"
+        )
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(name, special=True, normalized=False)
+            for name, kind in zip(names, kinds, strict=True)
+            if kind in (CONTROL, USER_DEFINED) and name
+        ]
+    )
+    for token, kind in enumerate(kinds):
+        if kind == CONTROL:
+            pieces[token] = b""
+        elif kind == USER_DEFINED:
+            pieces[token] = names[token].encode()
+    return _vocabulary(gguf, model, tokenizer, pieces, names, kinds)
+
+
+def _vocabulary(
+    gguf: Gguf, model: str, tokenizer: Tokenizer, pieces: list[bytes], names: list[str], kinds: list[int]
+) -> Vocabulary:
+    metadata = gguf.metadata
+    ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    ends = {token for token in ids if isinstance(token, int) and 0 <= token < len(names)}
+    ends |= {t for t, name in enumerate(names) if kinds[t] == CONTROL and name in _END_NAMES}
+    begin = metadata.get("tokenizer.ggml.bos_token_id")
+    if not metadata.get("tokenizer.ggml.add_bos_token", model == "llama"):
+        begin = None
+    template = metadata.get("tokenizer.chat_template")
+    return Vocabulary(
+        tokenizer=tokenizer,
+        pieces=pieces,
+        names=names,
+        begin=begin if isinstance(begin, int) and 0 <= begin < len(names) else None,
+        end=ids[0] if ids[0] in ends else None,
+        ends=frozenset(ends),
+        chat_template=template if isinstance(template, str) else None,
+        context_max=gguf.integer(f"{gguf.text('general.architecture')}.context_length", 0),
+        strip_first_space=model == "llama",
+    )
+
+
+def _byte_level(gguf: Gguf, names: list[str]) -> Tokenizer:
+    name = gguf.text("tokenizer.ggml.pre", "")
+    found = _pre_tokenizer(name)
+    if found is None:
+        raise LoadError(
+            "unsupported_tokenizer",
+            f"{gguf.path} wants the pre-tokenizer {name!r}; usable are gpt-2, smollm and llama-bpe",
+        )
+    before, ignore_merges = found
+    merges = [tuple(merge.split(" ", 1)) for merge in _table(gguf, "tokenizer.ggml.merges", str)]
+    vocabulary = {name: token for token, name in enumerate(names)}
+    if not all(
+        len(m) == 2 and m[0] in vocabulary and m[1] in vocabulary and "".join(m) in vocabulary for m in merges
+    ):
+        raise bad_file(gguf.path, "tokenizer.ggml.merges names tokens that it does not have")
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = before
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(gguf: Gguf, names: list[str], kinds: list[int]) -> Tokenizer:
+    """SentencePiece's BPE as merges: the pair whose result has the best score is merged first."""
+    scores = _table(gguf, "tokenizer.ggml.scores", float, len(names))
+    vocabulary = {name: token for token, name in enumerate(names)}
+    merges: list[tuple[float, int, int, str, str]] = []
+    for token, name in enumerate(names):
+        if kinds[token] in (CONTROL, USER_DEFINED, BYTE):
+            continue
+        for cut in range(1, len(name)):
+            left, right = name[:cut], name[cut:]
+            if left in vocabulary and right in vocabulary:
+                merges.append((-scores[token], vocabulary[left], vocabulary[right], left, right))
+    merges.sort(key=lambda merge: merge[:3])
+    unknown = gguf.integer("tokenizer.ggml.unknown_token_id", 0)
+    if not 0 <= unknown < len(names):
+        raise bad_file(gguf.path, f"its unknown token is {unknown}")
+    model = models.BPE(
+        vocab=vocabulary,
+        merges=[(left, right) for _, _, _, left, right in merges],
+        unk_token=names[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    tokenizer = Tokenizer(model)
+    steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
+    if gguf.metadata.get("tokenizer.ggml.add_space_prefix", True):
+        steps.insert(0, normalizers.Prepend(_SPACE))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    return tokenizer
+
+
+def _gpt2_bytes(name: str, table: dict[str, int]) -> bytes:
+    try:
+        return bytes(table[character] for character in name)
+    except KeyError:  # not byte-level: a token that stands for itself
+        return name.encode()
+
+
+def _llama_bytes(name: str, kind: int) -> bytes:
+    if kind == BYTE and name.startswith("<0x") and name.endswith(">"):
+        return bytes([int(name[3:-1], 16)])
+    return name.replace(_SPACE, " ").encode()
