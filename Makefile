@@ -2,7 +2,7 @@
 # make run     the same peer in the foreground at http://127.0.0.1:8000
 # make test    all that the tests need, then style, types, imports and tests
 # make lint    style, types and imports only
-# make bench   measurements beside other programs, in environments of their own
+# make bench   measurements beside other programs, in environments of their own (ARGS=--quick: a short round)
 # make clean   remove caches, build outputs and the demo's data
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made with.
@@ -37,7 +37,7 @@ lint-ready:
 
 bench:
 	@.ci/setup test
-	$(BIN)/python -m tests.bench
+	$(BIN)/python -m tests.bench $(ARGS)
 
 clean:
 	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis .data/demo .data/demo.log

@@ -99,7 +99,7 @@ def _rows(connections: int, rounds: dict[str, list[Outcome]], why: str) -> list[
         values = [every_.per_s if pick == "per_s" else every_.latency_ms[pick] for every_ in every]
         return median(values)
 
-    name, beside = f"accept, {connections} connections", "bare quart-trio echo"
+    name, beside = f"accept, connections: {connections}", "bare quart-trio echo"
     failed = sum(outcome.failed + outcome.unanswered for outcome in rounds.get(f"ours {connections}", []))
     note = why or (f"{failed} requests of ours failed" if failed else "")
     return [

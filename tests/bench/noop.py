@@ -157,6 +157,6 @@ def _fsyncs(ours: list[Contender], celery: list[Contender]) -> list[Row]:
                 except Missing as error:
                     note = f"ours: {error}"
             beside = theirs if connections == CLIENTS else None
-            label = f"fsyncs per accepted task, {connections} connections"
+            label = f"fsyncs per accepted task, connections: {connections}"
             rows.append(Row(label, mine, beside, "", "Celery (Redis)" if beside else "", "", note))
     return rows

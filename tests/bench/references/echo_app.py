@@ -8,13 +8,32 @@ hypercorn has the product's settings (date header once a second, no server heade
 from __future__ import annotations
 
 import sys
+import time
+from wsgiref.handlers import format_date_time
 
 import trio
+from hypercorn.config import Config
 from hypercorn.trio import serve
 from quart import ResponseReturnValue, request
 from quart_trio import QuartTrio
 
-from api.serve import Settings
+
+class Settings(Config):  # type: ignore[misc]
+    """What the product sets (api/serve.py), without importing it: this app is also a reference of memory."""
+
+    include_server_header = False
+    errorlog = None
+    keep_alive_max_requests = 100_000
+    _second = 0
+    _headers: tuple[tuple[bytes, bytes], ...] = ()
+
+    def response_headers(self, protocol: str) -> list[tuple[bytes, bytes]]:
+        second = int(time.time())
+        if second != self._second:
+            self._second = second
+            self._headers = ((b"date", format_date_time(second).encode("ascii")),)
+        return list(self._headers)
+
 
 app = QuartTrio(__name__)
 
