@@ -1,28 +1,21 @@
-"""Leader and executor in one process: orders go straight in, reports through a bounded channel."""
+"""Leader and executor in one process: orders and reports go straight across."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-import trio
-
 from peer.errors import Unavailable
+from peer.ports import ReportSink
 from peer.state.order import Order, Report
 
-REPORTS_WAITING_MAX = 1_024
 
+class LeaderSink:
+    """Implements peer.ports.ReportSink. `leader` is set once it is built, before the executor runs."""
 
-class LocalSink:
-    """Implements peer.ports.ReportSink: the leader reads `reports`."""
-
-    def __init__(self, waiting_max: int = REPORTS_WAITING_MAX) -> None:
-        self._send, self.reports = trio.open_memory_channel[Report](waiting_max)
+    leader: ReportSink
 
     async def report(self, report: Report) -> None:
-        try:
-            self._send.send_nowait(report)
-        except trio.WouldBlock:
-            await self._send.send(report)
+        await self.leader.report(report)
 
 
 class TakesOrders(Protocol):

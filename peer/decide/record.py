@@ -27,7 +27,8 @@ from peer.state.worker import Worker, WorkerReport
 _LOAD_FORESEEN_S = 5.0  # an order to load shows in a report by then, or was lost
 _UNLOAD_FORESEEN_S = 30.0
 _RETRY_FORESEEN_S = 2.0  # the failure before it may still be reported for so long
-_NOT_A_STRIKE = frozenset({"worker_unavailable", "unloaded"})  # the task was never at fault nor tried
+# Ends of an attempt for which neither the task nor an engine is to blame.
+_NOT_A_STRIKE = frozenset({"worker_unavailable", "unloaded", "engine_restarted", "peer_stopping"})
 
 
 def report(snapshot: Snapshot, now: float, message: Report) -> Decision:

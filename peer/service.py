@@ -1,0 +1,74 @@
+"""The cluster as this peer's API sees it while this peer leads: ports.Cluster over leader, executor and streams."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+from peer.executor import Executor
+from peer.journal import Journal
+from peer.leader import Leader
+from peer.state.command import GetTask, Request, StreamEnd, StreamItem, StreamRestart, StreamToken, TaskView
+from peer.state.event import Event
+from peer.state.key import ApiKey
+from peer.state.model import Model
+from peer.state.task import TERMINAL
+from peer.streams import StreamHub
+
+
+class LocalCluster:
+    """Implements peer.ports.Cluster on the leading peer."""
+
+    def __init__(self, leader: Leader, executor: Executor, streams: StreamHub, journal: Journal) -> None:
+        self._leader = leader
+        self._executor = executor
+        self._streams = streams
+        self._journal = journal
+        self.not_ready = "this peer is starting"
+
+    def ready(self) -> str:
+        return self.not_ready
+
+    async def call(self, request: Request) -> Any:
+        return await self._leader.call(request)
+
+    def key(self, key_id: str) -> ApiKey | None:
+        return self._leader.key(key_id)
+
+    def models(self) -> Mapping[str, Model]:
+        return self._leader.models()
+
+    async def count_tokens(self, model_name: str, parameters: Mapping[str, Any]) -> tuple[int, int] | None:
+        model = self._leader.models().get(model_name)
+        return None if model is None else await self._executor.count_tokens(model, parameters)
+
+    def events(self, since: int | None) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+        return self._journal.subscribe(since)
+
+    @asynccontextmanager
+    async def stream(self, task_id: str) -> AsyncIterator[AsyncIterator[StreamItem]]:
+        # Subscribed before the task is read, so that an end in between is not missed.
+        async with self._streams.subscribe(task_id) as items:
+            view: TaskView = await self._leader.call(GetTask(task_id=task_id))
+            if view.task.status in TERMINAL:
+                yield _finished(view)
+            else:
+                yield self._live(task_id, items)
+
+    async def _live(
+        self, task_id: str, items: AsyncIterator[StreamToken | StreamRestart]
+    ) -> AsyncIterator[StreamItem]:
+        async for item in items:
+            yield item
+        yield StreamEnd(view=await self._leader.call(GetTask(task_id=task_id)))
+
+
+async def _finished(view: TaskView) -> AsyncIterator[StreamItem]:
+    """A finished task's text in one piece."""
+    result = view.result
+    if result is not None:
+        yield StreamToken(
+            attempt=result.attempt, index=0, text=result.generated_text, count=result.tokens_generated
+        )
+    yield StreamEnd(view=view)
