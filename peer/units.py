@@ -44,11 +44,11 @@ def parse_bytes(text: str) -> int:
 
 
 def format_seconds(seconds: float) -> str:
-    """The shortest text that `parse_seconds` reads back as the same value."""
+    """A short text that `parse_seconds` reads back as the same value, to a nanosecond."""
     for unit, factor in (("d", 86_400), ("h", 3_600), ("m", 60)):
         if seconds >= factor and seconds % factor == 0:
             return f"{int(seconds // factor)}{unit}"
-    return f"{seconds:g}s" if float(f"{seconds:g}") == seconds else f"{seconds!r}s"
+    return f"{seconds:.9f}".rstrip("0").rstrip(".") + "s"
 
 
 def format_bytes(size: int) -> str:

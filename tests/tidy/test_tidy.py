@@ -1,0 +1,120 @@
+"""Style that a linter does not know: sizes, broad excepts, loose ends."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+
+from tests.tidy.source import PRODUCT, ROOT, Source, report, sources
+
+FILE_LINES_MAX = 500
+FUNCTION_LINES_MAX = 70
+# Supervisors: whatever those they watch raise is theirs to report. "module:function".
+BROAD_EXCEPT_ALLOWED = frozenset(
+    {
+        "api.http:__call__",  # any bug in a handler is a 500 without its text
+    }
+)
+LOOSE_END = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
+SELF = "tests/tidy/test_tidy.py"
+
+
+def test_files_are_short() -> None:
+    report(
+        [
+            f"{source.path}: {lines} lines, at most {FILE_LINES_MAX}"
+            for source in sources(*PRODUCT, "tests")
+            if (lines := source.text.count("\n")) > FILE_LINES_MAX
+        ]
+    )
+
+
+def test_functions_are_short() -> None:
+    report(
+        [
+            f"{source.path}:{node.lineno}: {node.name} has {lines} lines, at most {FUNCTION_LINES_MAX}"
+            for source in sources(*PRODUCT, "tests")
+            for node in ast.walk(source.tree)
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            and (lines := (node.end_lineno or node.lineno) - node.lineno + 1) > FUNCTION_LINES_MAX
+        ]
+    )
+
+
+def test_nothing_but_supervisors_catches_everything() -> None:
+    report(
+        [
+            f"{source.path}:{line}: {function} catches everything: name the errors, or list "
+            f'"{source.module}:{function}" in BROAD_EXCEPT_ALLOWED with a reason'
+            for source in sources(*PRODUCT)
+            for function, line in _broad_excepts(source)
+            if f"{source.module}:{function}" not in BROAD_EXCEPT_ALLOWED
+        ]
+    )
+
+
+def test_the_allowed_supervisors_exist() -> None:
+    """So that the list does not outlive its reasons."""
+    found = {
+        f"{source.module}:{function}"
+        for source in sources(*PRODUCT)
+        for function, _ in _broad_excepts(source)
+    }
+    report([f"{name} catches everything no more" for name in BROAD_EXCEPT_ALLOWED - found])
+
+
+def test_no_loose_ends() -> None:
+    report(
+        [
+            f"{source.path}:{number}: {line.strip()}"
+            for source in sources(*PRODUCT, "tests")
+            if source.path != SELF
+            for number, line in enumerate(source.text.splitlines(), 1)
+            if LOOSE_END.search(line)
+        ]
+    )
+
+
+def test_every_module_says_what_it_is() -> None:
+    report(
+        [
+            f"{source.path}: no docstring"
+            for source in sources(*PRODUCT)
+            if source.text.strip() and not ast.get_docstring(source.tree)
+        ]
+    )
+
+
+def test_shell_scripts_stop_at_errors() -> None:
+    scripts = [path for path in (ROOT / ".ci").iterdir() if path.is_file()]
+    report(
+        [f"{path}: no set -euo pipefail" for path in scripts if "set -euo pipefail" not in path.read_text()]
+    )
+
+
+def _broad_excepts(source: Source) -> Iterator[tuple[str, int]]:
+    """(innermost function, line) of each handler for Exception, BaseException or everything."""
+
+    def visit(node: ast.AST, function: str) -> Iterator[tuple[str, int]]:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = node.name
+        if isinstance(node, ast.ExceptHandler) and _broad(node) and not _reraises(node):
+            yield function, node.lineno
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, function)
+
+    yield from visit(source.tree, "module")
+
+
+def _broad(handler: ast.ExceptHandler) -> bool:
+    if handler.type is None:
+        return True
+    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return any(ast.unparse(kind) in ("Exception", "BaseException") for kind in kinds)
+
+
+def _reraises(handler: ast.ExceptHandler) -> bool:
+    """Clean-up that ends in a bare `raise` catches nothing."""
+    last = handler.body[-1]
+    return isinstance(last, ast.Raise) and last.exc is None
