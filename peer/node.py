@@ -19,7 +19,7 @@ import trio
 from api.app import ApiApp, create_app
 from api.serve import serve
 from peer import identity, limits, logs
-from peer.adapters.catalogue import load_catalogue
+from peer.adapters.catalogue import read_catalogue
 from peer.adapters.clock import SystemClock, SystemEntropy
 from peer.adapters.devices import find_devices
 from peer.adapters.engine_process import EngineProcess
@@ -99,7 +99,7 @@ async def run_node(
     logs.setup(config.log.level, config.log.format)
     data_dir = Path(config.data_dir)
     identity.make_folder(data_dir)
-    catalogue = load_catalogue(config.models.catalogue)
+    catalogue = read_catalogue(config.models.catalogue)
     wanted = (*preload, *config.models.preload)
     _require_known(wanted, catalogue)
     devices = find_devices(config.engine.devices)
@@ -305,7 +305,7 @@ class _Node:
     def _reload(self, peer: Peer, reload: Callable[[], Config]) -> None:
         try:
             config = reload()
-            catalogue = load_catalogue(config.models.catalogue)
+            catalogue = read_catalogue(config.models.catalogue)
         except ConfigError as error:
             log.error("reload_refused", why=str(error))
             return

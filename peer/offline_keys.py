@@ -12,6 +12,7 @@ import trio
 from peer.adapters.clock import SystemClock
 from peer.adapters.sqlite_store import SqliteStore
 from peer.decide import keys
+from peer.decide.decision import Decision
 from peer.establish import load_keys
 from peer.identity import STORE_FILE, exclusive, make_folder
 from peer.ports import Delete, Put, Write
@@ -46,7 +47,7 @@ async def _opened(data_dir: Path) -> AsyncIterator[tuple[SqliteStore, Snapshot]]
                 nursery.cancel_scope.cancel()
 
 
-async def _write(store: SqliteStore, snapshot: Snapshot, decision: keys.Decision) -> None:
+async def _write(store: SqliteStore, snapshot: Snapshot, decision: Decision) -> None:
     writes: StoreWrites = {}
     for change in decision.changes:
         writes.update(snapshot.apply(change))
