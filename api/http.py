@@ -74,6 +74,7 @@ class Call:
         self.body = b""
         self.request_id = ""
         self.started = False
+        self.body_ended = False  # nothing of the body is left to read
 
     @property
     def caller(self) -> ApiKey:
@@ -342,6 +343,7 @@ class HttpConnection:
             while True:
                 message = await call._receive()
                 if message["type"] != "http.request":
+                    call.body_ended = True
                     raise BadRequest("The body ends early", code="truncated_body")
                 data = message["body"]
                 if data:
@@ -350,6 +352,7 @@ class HttpConnection:
                         raise TooLarge(f"The body is larger than {bound} bytes", details={"bytes_max": bound})
                     chunks.append(data)
                 if not message["more_body"]:
+                    call.body_ended = True
                     break
         if scope.cancelled_caught:
             raise BadRequest(f"The body did not arrive within {BODY_S_MAX:.0f} s", code="body_timeout")
@@ -368,7 +371,7 @@ class HttpConnection:
         """Read on a little: closing at once would reset the connection under the answer."""
         size = 0
         with trio.move_on_after(DRAIN_S_MAX):
-            while size < DRAIN_BYTES_MAX:
+            while not call.body_ended and size < DRAIN_BYTES_MAX:
                 message = await call._receive()
                 if message["type"] != "http.request" or not message["more_body"]:
                     return

@@ -104,7 +104,7 @@ class Server:
             now = trio.current_time()
             for connection in tuple(self.connections):
                 if connection.idle_until is not None and connection.idle_until < now:
-                    connection.hang_up()
+                    connection.hang_up(linger=False)
 
     async def stop(self) -> None:
         """Returns within GRACE_S; no connection can send or receive after."""
@@ -114,7 +114,7 @@ class Server:
         if self.connections:
             for connection in tuple(self.connections):
                 if connection.idle_until is not None:
-                    connection.hang_up()
+                    connection.hang_up(linger=False)
             with trio.move_on_after(GRACE_S):
                 await self.empty.wait()
         for connection in tuple(self.connections):
@@ -132,8 +132,8 @@ async def serve(
 
     Raises ConfigError when it may not or cannot bind. Ends at most GRACE_S and a little after `shutdown`.
     """
-    listening = bind(config.api)
     context = _tls(config.api)
+    listening = bind(config.api)
     listener: Any = trio.SocketListener(trio.socket.from_stdlib_socket(listening))
     if context is not None:
         listener = trio.SSLListener(listener, context, https_compatible=True)

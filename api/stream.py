@@ -69,9 +69,9 @@ async def _send_all(call: Call, items: AsyncIterator[StreamItem]) -> None:
     to_client, ready = trio.open_memory_channel[StreamItem](BUFFERED_MAX)
 
     async def pump() -> None:
-        async with to_client:
-            async for item in items:
-                await to_client.send(item)
+        async for item in items:
+            await to_client.send(item)
+        await to_client.aclose()  # not when it fails: the failure ends the stream then
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(pump)

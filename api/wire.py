@@ -125,9 +125,14 @@ class WebSocketStream(WSStream):  # type: ignore[misc]
         self.gone = trio.Event()
 
     async def handle(self, event: Any) -> None:
+        refused = not self.closed and not isinstance(event, StreamClosed)
         await super().handle(event)
         if self.closed:
             self.gone.set()
+            if refused:  # by hypercorn, which neither tells the application nor hangs up
+                if self.app_put is not None:
+                    await self.app_put({"type": "websocket.disconnect", "code": 1002})
+                await self.send(StreamClosed(stream_id=self.stream_id))
 
     async def _send_pings(self) -> None:
         while not self.gone.is_set():
@@ -299,6 +304,8 @@ class Connection:
         self._sending = trio.Lock()
         self._lost = False  # nothing can be sent any more
         self._left = False  # the client has closed its side
+        self._lingers = True
+        self._shaking = False  # in its TLS handshake
 
     async def run(self) -> None:
         """Serve until either side ends it. Never raises, except when it is cancelled."""
@@ -311,8 +318,12 @@ class Connection:
         finally:
             await self._close()
 
-    def hang_up(self) -> None:
+    def hang_up(self, *, linger: bool = True) -> None:
         """Read no more; what is being answered is answered still."""
+        if self._shaking:
+            self.abort()
+            return
+        self._lingers = linger
         self.reading.cancel()
 
     def abort(self) -> None:
@@ -328,11 +339,13 @@ class Connection:
         tls = isinstance(self.stream, trio.SSLStream)
         transport = self.stream.transport_stream if tls else self.stream
         if tls:
+            self._shaking = True
             with trio.move_on_after(HANDSHAKE_S_MAX) as handshake:
                 try:
                     await self.stream.do_handshake()
-                except trio.BrokenResourceError:
+                except (trio.BrokenResourceError, trio.ClosedResourceError):
                     self._lost = True
+            self._shaking = False
             if handshake.cancelled_caught or self._lost:
                 self._lost = True
                 return
@@ -402,7 +415,7 @@ class Connection:
 
     async def _close(self) -> None:
         """Let the client read what was sent, then close."""
-        if not self._lost and not self._left:
+        if self._lingers and not self._lost and not self._left:
             with trio.move_on_after(LINGER_S_MAX), contextlib.suppress(trio.BrokenResourceError, OSError):
                 if hasattr(self.stream, "send_eof"):
                     await self.stream.send_eof()

@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
+import structlog
 import trio
 
 from api.app import ApiApp, create_app
 from api.serve import serve
-from peer.config import Api, Config
+from peer.config import Api, Config, Limits
 from tests.api.fake_cluster import FakeClock, FakeCluster, token
+
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+
+
+def eventually(condition: Callable[[], Any], within_s: float = 10.0) -> Any:
+    """The first true value of `condition`, asked often."""
+    deadline = time.monotonic() + within_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.005)
+    return value
 
 
 class RunningServer:
@@ -77,8 +91,9 @@ class RunningServer:
 def start_server() -> Iterator[Callable[..., RunningServer]]:
     servers: list[RunningServer] = []
 
-    def start(**api: Any) -> RunningServer:
-        servers.append(RunningServer(Config(api=Api(bind="127.0.0.1:0", **api))))
+    def start(limits: Limits | None = None, **api: Any) -> RunningServer:
+        config = Config(api=Api(bind="127.0.0.1:0", **api), limits=limits or Limits())
+        servers.append(RunningServer(config))
         return servers[-1]
 
     yield start

@@ -46,14 +46,14 @@ class FakeClock:
 
 def api_key(name: str, *scopes: str, limited: bool = False, **overrides: Any) -> ApiKey:
     rates: dict[str, Any] = {} if limited else {"requests_per_hour": None, "requests_per_minute": None}
-    return ApiKey(
-        key_id=name,
-        owner=f"{name}-owner",
-        scopes=scopes,
-        secret_sha256=key.digest(SECRETS[name]),
-        created_at=WALL,
-        **(rates | overrides),
-    )
+    fields: dict[str, Any] = {
+        "key_id": name,
+        "owner": f"{name}-owner",
+        "scopes": scopes,
+        "secret_sha256": key.digest(SECRETS[name]),
+        "created_at": WALL,
+    }
+    return ApiKey(**(fields | rates | overrides))
 
 
 def worker_view(
