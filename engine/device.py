@@ -130,9 +130,8 @@ def _examine_amd(name: DeviceName) -> DeviceFacts:
 
 def _amd_cards() -> list[DeviceFacts]:
     """GPUs in the order of their KFD nodes, which is tinygrad's order."""
-    nodes = sorted(KFD_NODES.iterdir(), key=lambda node: int(node.name)) if KFD_NODES.exists() else []
     cards = []
-    for node in nodes:
+    for node in sorted(KFD_NODES.glob("[0-9]*"), key=lambda node: int(node.name)):
         try:
             lines = (node / "properties").read_text().splitlines()
             if int((node / "gpu_id").read_text()) == 0:  # a CPU

