@@ -65,7 +65,9 @@ class Reference:
             k = rotate((h @ w[p + "attn_k.weight"].T).reshape(count, groups, width))
             v = (h @ w[p + "attn_v.weight"].T).reshape(count, groups, width)
             k, v = (np.repeat(t, heads // groups, axis=1) for t in (k, v))
-            scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(width)
+            scores = np.einsum("qhd,khd->hqk", q, k) / float(
+                np.sqrt(width)
+            )  # a numpy scalar would make it all float64
             scores += np.triu(np.full((count, count), -np.inf, dtype="f4"), 1)
             scores = np.exp(scores - scores.max(-1, keepdims=True))
             scores /= scores.sum(-1, keepdims=True)
