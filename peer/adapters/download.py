@@ -256,20 +256,36 @@ class Download:
             raise FetchError("disk_full", text)
 
     async def _body(self, response: httpx.Response, progress: Progress) -> None:
-        most = self._size or self._allowed.bytes_max
         with open(self._part, "r+b") as part:  # noqa: ASYNC230
             part.seek(self._have)
             part.truncate()
-            try:
-                async for chunk in response.aiter_raw(CHUNK_BYTES):
-                    if self._have + len(chunk) > most:
-                        raise FetchError("too_large", f"{self._shown_url} sends more than {most} bytes")
-                    await trio.to_thread.run_sync(self._keep, part, chunk)
-                    progress("fetch", self._have, self._size)
-            finally:
-                part.flush()
+            await self._pour(response, part, progress)
         if self._size and self._have < self._size:
             raise _Again(f"it was cut off after {self._have} of {self._size} bytes")
+
+    async def _pour(self, response: httpx.Response, part: BinaryIO, progress: Progress) -> None:
+        """The body into the file. httpx's generators must run to their end, so trouble of ours waits for it."""
+        import httpx
+
+        most = self._size or self._allowed.bytes_max
+        trouble: FetchError | OSError | None = None
+        try:
+            async for chunk in response.aiter_raw(CHUNK_BYTES):
+                if trouble is None and self._have + len(chunk) > most:
+                    trouble = FetchError("too_large", f"{self._shown_url} sends more than {most} bytes")
+                if trouble is None:
+                    try:
+                        await trio.to_thread.run_sync(self._keep, part, chunk)
+                        progress("fetch", self._have, self._size)
+                    except OSError as error:
+                        trouble = error
+                if trouble is not None:
+                    await response.aclose()  # the next read ends the iteration
+        except (httpx.TransportError, httpx.StreamError):
+            if trouble is None:
+                raise
+        if trouble is not None:
+            raise trouble
 
     def _keep(self, part: BinaryIO, chunk: bytes) -> None:
         part.write(chunk)

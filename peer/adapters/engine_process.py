@@ -383,8 +383,10 @@ class EngineProcess:
                     self._expected = ""
             elif kind is LoadProgress:
                 self._phase = "warmup" if message.stage == "compile" else "load"
-            elif kind in (Started, Loaded, LoadFailed):
+            elif kind is Started:
                 self._expected = ""
+            elif kind in (Loaded, LoadFailed):
+                self._expected, self._phase = "", "idle"
         if self._ready:
             self._events.messages(batch)
             return

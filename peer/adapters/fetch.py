@@ -22,7 +22,6 @@ import trio
 
 from peer.adapters.download import (
     CHUNK_BYTES,
-    FILE_BYTES_MAX,
     Download,
     DownloadLimits,
     hash_file,
