@@ -8,10 +8,11 @@ closed with 1008 or 1009 by `api.wire`.) What clients send is read and ignored.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import trio
+from msgspec import Meta
 from quart import Response, websocket
 from werkzeug.exceptions import HTTPException
 
@@ -38,6 +39,7 @@ _encode = msgspec.json.Encoder(enc_hook=str).encode
 SUBPROTOCOL = "bitinglip"
 BEARER = "bearer."
 QUERY = frozenset({"events", "since", "ticket", "key", "token", "api_key", "access_token"})
+_NAMES = "|".join(EVENT_NAMES)
 NEVER_IN_URL = ("key", "token", "api_key", "access_token")
 KEY_CHECK_S = 1.0  # how soon a revoked key closes its sockets
 
@@ -231,7 +233,7 @@ def refusal(api: Api, error: BitinglipError, request_id: str, headers: list[tupl
 
 
 async def needs_upgrade(call: Call) -> Reply:
-    raise BadRequest("This path speaks WebSocket only", code="upgrade_required")
+    raise NotFound("This path speaks WebSocket only", code="upgrade_required")
 
 
 async def ticket(call: Call) -> Reply:
@@ -274,10 +276,15 @@ ROUTES = (
             " longer kept."
         ),
         query=(
-            Param("events", str, "Only these events, separated by commas"),
-            Param("since", int, "Begin with the event after this id"),
+            Param(
+                "events",
+                Annotated[str, Meta(pattern=f"^({_NAMES})(,({_NAMES}))*$")],
+                "Only these events, separated by commas",
+            ),
+            Param("since", Annotated[int, Meta(ge=0, lt=10**18)], "Begin with the event after this id"),
             Param("ticket", str, "A ticket from POST /ws/ticket"),
         ),
+        errors=(404,),
     ),
     Route("POST", "/ws/ticket", ticket, "read", "A one-time ticket for a WebSocket", schemas.Ticket, 201),
 )

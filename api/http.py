@@ -146,6 +146,7 @@ class Route(msgspec.Struct, frozen=True):
     status: int = 200
     body: Any = None  # type of the request body
     body_optional: bool = False
+    example: dict[str, Any] | None = None  # of a body
     query: tuple[Param, ...] = ()
     headers: tuple[Param, ...] = ()
     errors: tuple[int, ...] = ()

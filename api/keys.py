@@ -10,7 +10,7 @@ from msgspec import UNSET
 from api import format, schemas
 from api.decode import BodyDecoder
 from api.http import Call, Reply, Route
-from peer.errors import BadRequest
+from peer.errors import Conflict
 from peer.state import command
 from peer.state import key as keys
 from peer.state.key import ApiKey
@@ -38,7 +38,7 @@ async def create(call: Call) -> Reply:
     wall = call.api.clock.wall()
     expires_at = None if body.expires_at is None else body.expires_at.timestamp()
     if expires_at is not None and expires_at <= wall:
-        raise BadRequest("expires_at lies in the past", details={"field": "expires_at"})
+        raise Conflict("expires_at lies in the past", code="expired", details={"field": "expires_at"})
     secret = secrets.token_hex(32)
     overrides = {
         name: value

@@ -93,9 +93,12 @@ def _operation(route: Route, schemas: dict[Any, dict[str, Any]]) -> dict[str, An
         "security": [{"bearer": []}] if route.scope is not None else [],
     }
     if route.body is not None:
+        content: dict[str, Any] = {"schema": schemas[id(route.body)]}
+        if route.example is not None:
+            content["example"] = route.example
         operation["requestBody"] = {
             "required": not route.body_optional,
-            "content": {"application/json": {"schema": schemas[id(route.body)]}},
+            "content": {"application/json": content},
         }
     return operation
 
@@ -103,8 +106,8 @@ def _operation(route: Route, schemas: dict[Any, dict[str, Any]]) -> dict[str, An
 def _tighten(components: dict[str, Any]) -> None:
     """What msgspec's types cannot say but the handlers check, and what JSON Schema spells differently."""
     one_of = [
-        {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
-        for name in ("prompt", "messages")
+        {"type": "object", "required": [name], "properties": {name: {"type": type_}}}
+        for name, type_ in (("prompt", "string"), ("messages", "array"))
     ]
     components["TextGeneration"]["oneOf"] = one_of
     for schema in components.values():
@@ -157,8 +160,9 @@ def build(routes: tuple[Route, ...]) -> dict[str, Any]:
                     "name": "X-Request-ID",
                     "in": "header",
                     "required": False,
-                    "description": "Comes back in the answer and is in the logs",
-                    "schema": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._:-]{0,127}$"},
+                    "description": "Comes back in the answer and is in the logs, if it is of the form"
+                    " [A-Za-z0-9][A-Za-z0-9._:-]{0,127}; else one is made up",
+                    "schema": {"type": "string"},
                 }
             },
             "headers": {

@@ -249,6 +249,13 @@ ROUTES = (
         schemas.TaskDetail,
         201,
         body=schemas.SubmitTask,
+        example={
+            "task_type": "text_generation",
+            "model_name": "llama-2-7b",
+            "parameters": {"prompt": "Explain quantum computing", "max_tokens": 512, "temperature": 0.7},
+            "priority": "normal",
+            "timeout": 300,
+        },
         query=(WAIT,),
         headers=(
             Param(

@@ -149,6 +149,7 @@ class FakeCluster:
         self.tokens: dict[str, list[command.StreamItem]] = {}
         self.counted: tuple[int, int] | None = None
         self.record = True
+        self.instant = False  # tasks are finished as soon as they are submitted
 
     # ------------------------------------------------------------ what tests do
 
@@ -278,7 +279,11 @@ class FakeCluster:
             self.views[task_id] = view
         if request.idempotency_key:
             self.idempotent[slot] = (task_id, request.body_digest)
-        return command.Submitted(view=view)
+        if self.instant:
+            self.finish(task_id)
+            end = command.StreamEnd(view=self.views[task_id])
+            self.push(task_id, end)
+        return command.Submitted(view=self.views.get(task_id, view))
 
     async def _CancelTask(self, request: command.CancelTask) -> command.TaskView:
         view = self._view(request.task_id)

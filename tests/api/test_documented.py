@@ -420,7 +420,7 @@ def test_keys(client: httpx.Client, server: RunningServer) -> None:
     ).json()
     assert (free["requests_per_hour"], free["requests_per_minute"]) == (None, 7)
     past = {"owner": "Ada", "scopes": ["read"], "expires_at": "2025-05-30T09:59:59Z"}
-    assert client.post("/keys", json=past).status_code == 400
+    assert client.post("/keys", json=past).status_code == 409
     server.clock.offset += 86_400
     late = httpx.get(server.url + "/tasks", headers={"Authorization": f"Bearer {free['key']}"})
     assert late.status_code == 200

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -12,6 +16,7 @@ import pytest
 from api.app import ROUTES
 from api.openapi import build, statuses_of
 from tests.api.conftest import RunningServer, submission
+from tests.api.fake_cluster import token
 
 REFERENCE = (
     "GET /health",
@@ -149,3 +154,24 @@ def test_the_bounds_of_a_task_are_described() -> None:
         {"prompt": "a", "x": 1},
     ):
         assert not validator.is_valid(wrong)
+
+
+def test_schemathesis_finds_nothing(server: RunningServer, tmp_path: Path) -> None:
+    """Good, bad and odd requests of its making, to every route; `bitinglip` itself is tried for longer elsewhere."""
+    server.cluster.instant = True
+    document = tmp_path / "openapi.json"
+    document.write_text(json.dumps(DOCUMENT))
+    program = Path(sys.executable).parent / "schemathesis"
+    ran = subprocess.run(
+        [
+            *(str(program), "run", str(document), "--url", server.url),
+            *("-H", f"Authorization: Bearer {token('admin')}", "--no-color", "--request-timeout", "20"),
+            *("--max-examples", "5", "--seed", "1", "--phases", "examples,coverage,fuzzing"),
+            *("--generation-database", "none"),
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert ran.returncode == 0, ran.stdout[-4_000:] + ran.stderr[-1_000:]

@@ -110,7 +110,8 @@ def test_the_peer_stops(client: httpx.Client, server: RunningServer, task_id: st
 
 def test_the_client_goes(client: httpx.Client, server: RunningServer, task_id: str) -> None:
     with client.stream("GET", f"/tasks/{task_id}/stream") as answer:
-        next(events(answer.iter_lines()))
+        coming = events(answer.iter_lines())
+        next(coming)
         assert server.app.api.streams == 1
     eventually(lambda: server.app.api.streams == 0)
 
