@@ -46,7 +46,7 @@ from engine.protocol import (
 )
 from peer import limits
 from peer.adapters.engine_log import log_lines
-from peer.decide.supervise import after_death
+from peer.adapters.supervision import after_death
 from peer.engines import Device, EngineEvents
 from peer.ports import Clock
 from peer.state.worker import EngineState
