@@ -16,10 +16,12 @@ import json
 import os
 import platform
 import signal
+import statistics
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import asdict
 from importlib.metadata import version as package_version
 from pathlib import Path
@@ -29,7 +31,7 @@ from typing import Any, NoReturn
 import psutil
 
 from tests.bench.processes import REPOSITORY, Missing, adopt_orphans, end_all
-from tests.bench.report import Options, Result, Row, table
+from tests.bench.report import QUIET, Options, Result, Row, table
 
 MEASURES = ("accept", "noop", "stream", "model", "footprint")
 PACKAGES = ("trio", "hypercorn", "quart", "quart-trio", "msgspec", "tinygrad", "psutil")
@@ -95,6 +97,15 @@ def run(names: tuple[str, ...], options: Options) -> tuple[dict[str, Result], di
     return results, broken
 
 
+def foreign(raw: Any) -> Iterator[float]:
+    """Every round's share of others, wherever it is in the numbers."""
+    for key, value in raw.items() if isinstance(raw, dict) else enumerate(raw):
+        if key == "foreign":
+            yield value
+        elif isinstance(value, dict | list):
+            yield from foreign(value)
+
+
 def stop(number: int, _: FrameType | None) -> NoReturn:
     """Unwinds every context, so that servers end and folders go."""
     raise SystemExit(128 + number)
@@ -114,11 +125,17 @@ def main() -> int:
     finally:
         end_all()
     rows = [row for result in results.values() for row in result.rows]
+    raw = {name: result.raw for name, result in results.items()}
+    others = sorted(foreign(raw))
     print(table(rows))
     print(f"\n{about['cpu']}, {about['cores']} cores, load {about['load_average'][0]:.1f}, {about['commit']}")
+    if others:
+        print(
+            f"other processes took {statistics.median(others):.0%} of the cores in the middle one of"
+            f" {len(others)} rounds, {others[-1]:.0%} in the worst; over {QUIET:.0%} only the quietest count"
+        )
     if given.json:
         listed = [asdict(row) | {"ratio": row.ratio, "met": row.met} for row in rows]
-        raw = {name: result.raw for name, result in results.items()}
         whole = {
             "machine": about,
             "options": asdict(options),

@@ -30,6 +30,7 @@ from tests.bench.processes import (
     started,
     temporary,
 )
+from tests.bench.report import QUIET
 
 CLIENTS = 64
 WARMUP_S = 1.0
@@ -137,7 +138,10 @@ class Celery(Started):
             try:
                 for way in CELERY_WAYS:
                     self.way = way
-                    self.tried[f"{pool}, {way}"] = self.round(CALIBRATE_S).per_s
+                    tried = self.round(CALIBRATE_S)
+                    if tried.foreign > QUIET:  # a second chance: a reference is taken at its best
+                        tried = max(tried, self.round(CALIBRATE_S), key=lambda one: one.per_s)
+                    self.tried[f"{pool}, {way}"] = tried.per_s
             finally:
                 worker.stop()
         self.best = max(self.tried, key=lambda name: self.tried[name])

@@ -17,7 +17,7 @@ from tests.bench import fsyncs
 from tests.bench.contenders import CLIENTS, RAY_ONGOING, Celery, Contender, Nats, Ours, Ray
 from tests.bench.load import Outcome
 from tests.bench.processes import Missing, cpu_s, run_load, temporary
-from tests.bench.report import Options, Result, Row, median
+from tests.bench.report import Options, Result, Row, enough, median, noise, steady
 
 FSYNC_S = 2.0
 FSYNC_CONNECTIONS = (1, CLIENTS)
@@ -47,10 +47,16 @@ class Race:
 
     def run(self, contenders: list[Contender], rounds: int = 0) -> None:
         """Rounds in turn, so that all see the same noise."""
-        for _ in range(rounds or self.options.rounds):
+        done = 0
+        here = [contender.name for contender in contenders]
+        while not (done >= rounds if rounds else enough(self._since(here), done, self.options)):
+            done += 1
             for contender in contenders:
                 if contender.name not in self.missing:
                     self._round(contender)
+
+    def _since(self, names: list[str]) -> dict[str, list[Outcome]]:
+        return {name: self.rounds[name] for name in names if name not in self.missing}
 
     def _round(self, contender: Contender) -> None:
         processes = contender.processes()
@@ -64,7 +70,7 @@ class Race:
         self.rounds[contender.name].append(outcome)
 
     def per_s(self, name: str) -> float | None:
-        return median([outcome.per_s for outcome in self.rounds[name]])
+        return median([outcome.per_s for outcome in steady(self.rounds[name])])
 
 
 def measure(options: Options) -> Result:
@@ -111,6 +117,8 @@ def _note(race: Race, *names: str) -> str:
 
 def _row(race: Race, name: str, goal: str, remark: str) -> Row:
     note = _note(race, "ours", name) or remark
+    if noisy := noise(race.rounds["ours"], race.rounds[name]):
+        note = f"{noisy}; {note}"
     return Row(
         f"no-op tasks, {CLIENTS} clients", race.per_s("ours"), race.per_s(name), "1/s", name, goal, note
     )
@@ -123,7 +131,7 @@ def _cpu_row(race: Race, name: str) -> Row:
 
 def _latency_rows(race: Race) -> list[Row]:
     def of(name: str, pick: str) -> float | None:
-        return median([outcome.latency_ms[pick] for outcome in race.rounds[name]])
+        return median([outcome.latency_ms[pick] for outcome in steady(race.rounds[name])])
 
     return [
         Row(f"no-op task, {pick}", of("ours", pick), of("Celery", pick), "ms", "Celery")

@@ -174,6 +174,32 @@ def cpu_s(processes: Sequence[psutil.Process]) -> float:
     return total
 
 
+class Meter:
+    """`with Meter() as meter`: afterwards `meter.foreign` is the share of the cores that others took."""
+
+    foreign = 0.0
+
+    def __enter__(self) -> Meter:
+        self._began = time.perf_counter(), _busy_s(), _own_s()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, busy, own = self._began
+        taken = (_busy_s() - busy) - (_own_s() - own)
+        self.foreign = round(max(0.0, taken) / (len(CORES) * (time.perf_counter() - wall)), 3)
+
+
+def _busy_s() -> float:
+    """Of all cores and processes since boot, what the hypervisor took away included."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_s() -> float:
+    me = psutil.Process()
+    return cpu_s([me, *me.children(recursive=True)])
+
+
 def memory_mib(process: psutil.Process) -> dict[str, float]:
     """RSS and PSS (shared pages divided by how many share them)."""
     full = process.memory_full_info()
@@ -187,17 +213,18 @@ def run_load(spec: Spec, namespace_of: int | None = None) -> Outcome:
     """
     limit_s = spec.warmup_s + spec.seconds + spec.grace_s + 30.0
     enter = ["nsenter", f"--net=/proc/{namespace_of}/ns/net", "--"] if namespace_of else []
-    done = subprocess.run(
-        [*enter, sys.executable, "-m", "tests.bench.load"],
-        cwd=REPOSITORY,
-        input=json.dumps(asdict(spec)),
-        capture_output=True,
-        text=True,
-        timeout=limit_s,
-    )
+    with Meter() as meter:
+        done = subprocess.run(
+            [*enter, sys.executable, "-m", "tests.bench.load"],
+            cwd=REPOSITORY,
+            input=json.dumps(asdict(spec)),
+            capture_output=True,
+            text=True,
+            timeout=limit_s,
+        )
     if done.returncode:
         raise Missing(f"the load client failed: {done.stderr[-LOG_CHARS:]}")
-    outcome = Outcome(**json.loads(done.stdout))
+    outcome = Outcome(**json.loads(done.stdout), foreign=meter.foreign)
     if not outcome.exchanges:
         raise Missing(f"no exchange ended well in {spec.seconds} s: {outcome.failed} failed, {outcome.bad}")
     return outcome
@@ -209,11 +236,12 @@ def run_script(
     """A reference's own client; it prints an `Outcome`'s fields as JSON. Raises Missing."""
     variables = os.environ | dict(environment or {})
     try:
-        done = subprocess.run(
-            list(command), cwd=cwd, env=variables, capture_output=True, text=True, timeout=limit_s
-        )
+        with Meter() as meter:
+            done = subprocess.run(
+                list(command), cwd=cwd, env=variables, capture_output=True, text=True, timeout=limit_s
+            )
     except subprocess.TimeoutExpired:
         raise Missing(f"{command[1]} did not end within {limit_s:.0f} s") from None
     if done.returncode:
         raise Missing(f"{command[1]} failed: {done.stderr[-LOG_CHARS:]}")
-    return Outcome(**json.loads(done.stdout.strip().splitlines()[-1]))
+    return Outcome(**json.loads(done.stdout.strip().splitlines()[-1]), foreign=meter.foreign)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.bench.load import Outcome
+
 NOTE_CHARS = 160
+QUIET = 0.10  # share of all cores that others may take in a round that counts
 
 
 @dataclass
@@ -55,6 +58,29 @@ class Options:
     seconds: float = 3.0
     rounds: int = 3
     quick: bool = False
+
+
+def steady(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """Those that were measured while others left the machine alone; if there are none the quietest half."""
+    quiet = [outcome for outcome in outcomes if outcome.foreign <= QUIET]
+    return quiet or sorted(outcomes, key=lambda one: one.foreign)[: (len(outcomes) + 1) // 2]
+
+
+def enough(rounds: Mapping[str, Sequence[Outcome]], done: int, options: Options) -> bool:
+    """Whether to stop after `done` rounds: noisy ones are repeated, at most as many again."""
+    if done < options.rounds:
+        return False
+    if options.quick or done >= 2 * options.rounds:
+        return True
+    wanted = min(2, options.rounds)
+    return all(sum(one.foreign <= QUIET for one in every) >= wanted for every in rounds.values())
+
+
+def noise(*every: Sequence[Outcome]) -> str:
+    """Says that a figure had no quiet round, if so."""
+    if any(outcomes and min(one.foreign for one in outcomes) > QUIET for outcomes in every):
+        return "noisy: no round in which other processes left the cores alone"
+    return ""
 
 
 def median(values: Sequence[float]) -> float | None:
