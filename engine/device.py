@@ -62,6 +62,9 @@ def parse(device: str) -> DeviceName:
             "bad_configuration",
             f"device {device!r} is not one of {', '.join(DEVICES)}; examples: CPU:LLVM, KFD:0+AMD:LLVM",
         )
+    if indices and not indices.isdigit():
+        text = f"device {device!r} names several cards; an engine owns one: write its index alone, as in KFD:0+AMD"
+        raise DeviceUnusable("bad_configuration", text)
     if kind in ("CPU", "AMD"):
         compiler = compiler or "LLVM"
     if kind == "AMD":
@@ -112,7 +115,7 @@ def _examine_amd(name: DeviceName) -> DeviceFacts:
             "no_device", "/dev/kfd may not be opened: add this user to the groups render and video"
         )
     cards = _amd_cards()
-    index = int(name.indices) if name.indices.isdigit() else 0
+    index = int(name.indices or 0)
     if index >= len(cards):
         raise DeviceUnusable(
             "no_device", f"GPU {index} was asked for and the kernel driver shows {len(cards)}"

@@ -24,6 +24,15 @@ def _sum(value: UOp, over: UOp) -> UOp:
     return value.reduce(over, arg=Ops.ADD)
 
 
+def _on_cpu(tensor: Tensor) -> bool:
+    return str(tensor.device).split(":")[0] == "CPU"
+
+
+def _as_written(tensor: Tensor) -> tuple[Opt, ...] | None:
+    """On the CPU the loops stay as they are, for LLVM to vectorise; a GPU's need tinygrad's own heuristics."""
+    return () if _on_cpu(tensor) else None
+
+
 def _divisor(size: int, choices: tuple[int, ...]) -> int:
     """The first of `choices` that divides `size`, or 1."""
     return next((choice for choice in choices if size % choice == 0), 1)
@@ -40,7 +49,7 @@ def _cpu_matmul_opts(rows: int, outputs: int, inputs: int, threads: int) -> tupl
         block = _divisor(rows, (8, 4, 2))
         opts.append(Opt(OptOps.UPCAST, 0, block))
         outputs_axis = 1 if rows > block else 0
-        if outputs % 2 == 0 and rows > block:
+        if outputs % 2 == 0 and rows >= 8:
             opts.append(Opt(OptOps.UPCAST, outputs_axis, 2))
             outputs //= 2
     if threads > 1 and outputs % threads == 0 and rows * outputs * inputs >= THREADED_MACS_MIN:
@@ -60,8 +69,7 @@ def matmul(
     rows, inputs = x.shape
     outputs = weight.shape[0]
     extras = [tensor for tensor in (scale, residual) if tensor is not None]
-    on_cpu = str(x.device).split(":")[0] == "CPU"
-    opts = _cpu_matmul_opts(rows, outputs, inputs, threads) if on_cpu else None
+    opts = _cpu_matmul_opts(rows, outputs, inputs, threads) if _on_cpu(x) else None
 
     def kernel(out: UOp, x: UOp, weight: UOp, *more: UOp) -> UOp:
         r, o = UOp.range(rows, 0), UOp.range(outputs, 1)
@@ -103,6 +111,7 @@ def write_cache(
     _, _, groups, _, width = cache.shape
     rows = qkv.shape[0]
     half = width // 2
+    opts = _as_written(cache)
 
     def kernel(cache: UOp, qkv: UOp, angles: UOp, slots: UOp, positions: UOp) -> UOp:
         r, g, j = UOp.range(rows, 0), UOp.range(groups, 1), UOp.range(half, 2)
@@ -117,7 +126,9 @@ def write_cache(
             cache[1, slot, g, position, 2 * j + 1].store(qkv[r, values + 1].cast(cache.dtype.base)),
         ]
         return (
-            UOp.group(*stores).end(r, g, j).sink(arg=KernelInfo(name=f"write_cache_{rows}", opts_to_apply=()))
+            UOp.group(*stores)
+            .end(r, g, j)
+            .sink(arg=KernelInfo(name=f"write_cache_{rows}", opts_to_apply=opts))
         )
 
     return _call(kernel, cache, qkv, angles, slots, positions)
@@ -127,6 +138,7 @@ def rotate_queries(qkv: Tensor, angles: Tensor, heads: int, width: int) -> Tenso
     """qkv [R, (H + 2 G) D], angles [2, R, D / 2] -> rotated queries [R, H, D], scaled by 1 / sqrt(D)."""
     rows = qkv.shape[0]
     scale = width**-0.5
+    opts = _as_written(qkv)
 
     def kernel(out: UOp, qkv: UOp, angles: UOp) -> UOp:
         r, h, j = UOp.range(rows, 0), UOp.range(heads, 1), UOp.range(width // 2, 2)
@@ -136,7 +148,7 @@ def rotate_queries(qkv: Tensor, angles: Tensor, heads: int, width: int) -> Tenso
             out[r, h, 2 * j].store(even * cos - odd * sin),
             out[r, h, 2 * j + 1].store(odd * cos + even * sin),
         ]
-        return UOp.group(*stores).end(r, h, j).sink(arg=KernelInfo(name=f"rotate_{rows}", opts_to_apply=()))
+        return UOp.group(*stores).end(r, h, j).sink(arg=KernelInfo(name=f"rotate_{rows}", opts_to_apply=opts))
 
     out = Tensor.empty(rows, heads, width, dtype=dtypes.float32, device=qkv.device)
     return _call(kernel, out, qkv, angles)
@@ -158,6 +170,7 @@ def _scores(queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, le
     """-> [R, H, C]; set up to `length`, minus infinity after a row's own position."""
     rows, heads, width = queries.shape
     share = heads // cache.shape[2]
+    opts = _as_written(cache)
 
     def kernel(out: UOp, queries: UOp, cache: UOp, slots: UOp, positions: UOp) -> UOp:
         r, h, n = UOp.range(rows, 0), UOp.range(heads, 1), UOp.range(_unbound(length), 2)
@@ -166,7 +179,7 @@ def _scores(queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, le
         value = _sum(queries[r, h, d] * key, d)
         seen = n <= positions[r].cast(dtypes.weakint)
         value = seen.where(value, UOp.const(dtypes.float32, float("-inf")))
-        info = KernelInfo(name=f"scores_{rows}", opts_to_apply=())
+        info = KernelInfo(name=f"scores_{rows}", opts_to_apply=opts)
         return out[r, h, n].store(value).end(r, h, n).sink(arg=info)
 
     out = Tensor.empty(rows, heads, cache.shape[3], dtype=dtypes.float32, device=cache.device)
@@ -176,18 +189,24 @@ def _scores(queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, le
 def _exponentials(scores: Tensor, length: UOp) -> Tensor:
     """exp(score - highest score of its row and head), not yet divided by their sum: [R, H, C]."""
     rows, heads, _ = scores.shape
+    opts = _as_written(scores)
 
     def highest(out: UOp, scores: UOp) -> UOp:
         r, h = UOp.range(rows, 0), UOp.range(heads, 1)
         n = UOp.range(_unbound(length), 2, axis_type=AxisType.REDUCE)
         value = scores[r, h, n].reduce(n, arg=Ops.MAX)
-        return out[r, h].store(value).end(r, h).sink(arg=KernelInfo(name=f"highest_{rows}", opts_to_apply=()))
+        return (
+            out[r, h].store(value).end(r, h).sink(arg=KernelInfo(name=f"highest_{rows}", opts_to_apply=opts))
+        )
 
     def exponentials(out: UOp, scores: UOp, most: UOp) -> UOp:
         r, h, n = UOp.range(rows, 0), UOp.range(heads, 1), UOp.range(_unbound(length), 2)
         value = ((scores[r, h, n] - most[r, h]) * LOG2_E).alu(Ops.EXP2)
         return (
-            out[r, h, n].store(value).end(r, h, n).sink(arg=KernelInfo(name=f"exp_{rows}", opts_to_apply=()))
+            out[r, h, n]
+            .store(value)
+            .end(r, h, n)
+            .sink(arg=KernelInfo(name=f"exp_{rows}", opts_to_apply=opts))
         )
 
     most = _call(
@@ -210,7 +229,9 @@ def _weighted_values(weights: Tensor, cache: Tensor, slots: Tensor, length: UOp)
     rows, heads, _ = weights.shape
     width = cache.shape[4]
     share = heads // cache.shape[2]
-    opts = (Opt(OptOps.UPCAST, _axis(rows) + _axis(heads), 16),) if width % 16 == 0 else ()
+    opts = _as_written(cache)
+    if _on_cpu(cache) and width % 16 == 0:
+        opts = (Opt(OptOps.UPCAST, _axis(rows) + _axis(heads), 16),)
 
     def kernel(out: UOp, weights: UOp, cache: UOp, slots: UOp) -> UOp:
         r, h, d = UOp.range(rows, 0), UOp.range(heads, 1), UOp.range(width, 2)
@@ -227,12 +248,13 @@ def _weighted_values(weights: Tensor, cache: Tensor, slots: Tensor, length: UOp)
 def inverse_norm(x: Tensor, epsilon: float) -> Tensor:
     """x [R, I] -> 1 / root mean square of each row, [R]. The norm's weights are folded into the next matrix."""
     rows, inputs = x.shape
+    opts = _as_written(x)
 
     def kernel(out: UOp, x: UOp) -> UOp:
         r, i = UOp.range(rows, 0), UOp.range(inputs, 1, axis_type=AxisType.REDUCE)
         mean = _sum(x[r, i] * x[r, i], i) * (1.0 / inputs) + epsilon
         value = mean.alu(Ops.SQRT).alu(Ops.RECIPROCAL)
-        return out[r].store(value).end(r).sink(arg=KernelInfo(name=f"norm_{rows}", opts_to_apply=()))
+        return out[r].store(value).end(r).sink(arg=KernelInfo(name=f"norm_{rows}", opts_to_apply=opts))
 
     return _call(kernel, Tensor.empty(rows, dtype=dtypes.float32, device=x.device), x)
 

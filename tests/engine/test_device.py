@@ -29,7 +29,7 @@ def test_what_is_not_named_is_not_guessed(given: str, meant: str) -> None:
     assert str(device.parse(given)) == meant
 
 
-@pytest.mark.parametrize("wrong", ["", "GPU", "A+B+AMD", "PYTHON"])
+@pytest.mark.parametrize("wrong", ["", "GPU", "A+B+AMD", "PYTHON", "KFD:0,2+AMD"])
 def test_unknown_devices(wrong: str) -> None:
     with pytest.raises(DeviceUnusable):
         device.parse(wrong)
