@@ -20,15 +20,20 @@ def config() -> None:
 @click.argument("file", required=False)
 @json_option
 def check(file: str | None, as_json: bool) -> int:
-    """Check FILE (else the one that `bitinglip up` would read); --json prints the settings in force."""
+    """Check FILE, or what `bitinglip up` would read, and the catalogue it names.
+
+    --json prints the settings in force.
+    """
     import msgspec
 
     from peer import settings
+    from peer.adapters.catalogue import read_catalogue
     from peer.errors import ConfigError
 
     path = Path(file) if file is not None else settings.find_file(None, os.environ)
     try:
         found = settings.load(file=path, environ={} if file is not None else os.environ)
+        read_catalogue(found.models.catalogue)
     except ConfigError as error:
         mistakes = str(error).splitlines()
         if as_json:

@@ -200,20 +200,17 @@ def disk(directory: Path) -> Finding:
 
 def catalogue(configured: str) -> Finding:
     name = "catalogue"
-    path = Path(configured) if configured else CONSTRAINTS.with_name("configs") / "models.yaml"
-    try:
-        import yaml
+    from peer.adapters.catalogue import read_catalogue
+    from peer.errors import ConfigError
 
-        with open(path, "rb") as stream:
-            content = yaml.safe_load(stream)
-    except OSError as error:
-        return fail(name, f"{path}: {error.strerror}", "name another in `models.catalogue`")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        return fail(name, f"{path} is not YAML: {str(error).splitlines()[0]}", "mend it, or name another")
-    models = content.get("models", content) if isinstance(content, dict) else content
+    try:
+        models = read_catalogue(configured)
+    except ConfigError as error:
+        return fail(name, str(error).splitlines()[0], "mend it, or name another in `models.catalogue`")
+    where = configured or "the installed catalogue"
     if not models:
-        return warn(name, f"{path} names no model", "add models to it")
-    return ok(name, f"{len(models)} models in {path}")
+        return warn(name, f"{where} names no model", "add models to it")
+    return ok(name, f"{len(models)} models in {where}")
 
 
 def port(config: Config) -> Finding:

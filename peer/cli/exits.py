@@ -46,6 +46,14 @@ BY_STATUS = {
 }
 
 
+def foreseen(error: BaseException, kinds: tuple[type[BaseException], ...]) -> BaseException | None:
+    """The first error of these kinds if there are no others, also inside a nursery's groups; else None: a bug."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error if isinstance(error, kinds) else None
+    found = [foreseen(inner, kinds) for inner in error.exceptions]
+    return None if None in found else found[0]
+
+
 class CliError(click.ClickException):
     """What went wrong, and on a second line what to do about it."""
 

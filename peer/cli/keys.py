@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peer.cli.common import emit_object, json_option, pairs, peer_options, say, shown, table
-from peer.cli.exits import CliError, Exit
+from peer.cli.exits import BY_STATUS, CliError, Exit, foreseen
 from peer.errors import BitinglipError, ConfigError
 from peer.state import key as keys
 from peer.state.key import SCOPES, ApiKey
@@ -56,7 +56,7 @@ def create(
     """Make a key. It is shown this once."""
     limits_ = None if rate_limit is None else parse_rate(rate_limit)
     expires_at = None if expires is None else parse_expiry(expires, time.time())
-    directory = offline_directory(where)
+    directory = offline_directory(where, make=where["data_dir"] is not None)
     if directory is None:
         made = _create_online(where, owner, scopes, limits_, expires_at)
     else:
@@ -123,8 +123,11 @@ def revoke(key_id: str, as_json: bool, **where: str | None) -> None:
         print(f"{shown(gone['key_id'])} of {shown(gone['owner'])} is revoked")
 
 
-def offline_directory(where: dict[str, str | None]) -> Path | None:
-    """The data directory to open, or None where a peer is to be asked."""
+def offline_directory(where: dict[str, str | None], *, make: bool = False) -> Path | None:
+    """The data directory to open, or None where a peer is to be asked.
+
+    With `make` it may be one that does not exist yet: keys can be made before the peer's first start.
+    """
     from peer.cli.client import find_data_dir
 
     if where["url"] or (os.environ.get("BITINGLIP_URL") and not where["data_dir"]):
@@ -133,7 +136,7 @@ def offline_directory(where: dict[str, str | None]) -> Path | None:
     try:
         descriptor = os.open(directory / "lock", os.O_RDONLY)
     except FileNotFoundError:
-        if not directory.is_dir():
+        if not make and not directory.is_dir():
             raise CliError(
                 f"there is no peer's data in {directory}",
                 Exit.NOT_FOUND,
@@ -208,14 +211,15 @@ def _offline(work: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
 
     try:
         return trio.run(work, *arguments)
-    except BitinglipError as error:
-        from peer.cli.exits import BY_STATUS
-
-        raise CliError(error.message, BY_STATUS.get(error.status, Exit.FAILED)) from None
-    except ConfigError as error:
-        raise CliError(str(error), Exit.USAGE) from None
-    except OSError as error:
-        raise CliError(f"{error.filename or arguments[0]}: {error.strerror}", Exit.FAILED) from None
+    except (BitinglipError, ConfigError, OSError, ExceptionGroup) as error:
+        known = foreseen(error, (BitinglipError, ConfigError, OSError))
+        if isinstance(known, BitinglipError):
+            raise CliError(known.message, BY_STATUS.get(known.status, Exit.FAILED)) from None
+        if isinstance(known, ConfigError):
+            raise CliError(str(known), Exit.USAGE) from None
+        if isinstance(known, OSError):
+            raise CliError(f"{known.filename or arguments[0]}: {known.strerror}", Exit.FAILED) from None
+        raise
 
 
 def _view(item: ApiKey) -> dict[str, Any]:

@@ -6,13 +6,12 @@ import errno
 import os
 import socket
 import sys
-from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 import click
 
-from peer.cli.exits import CliError, Exit
+from peer.cli.exits import CliError, Exit, foreseen
 from peer.config import Config
 from peer.errors import BitinglipError, ConfigError
 
@@ -74,9 +73,12 @@ def up(
     )
     try:
         code: int = trio.run(serve)
-        return code
-    except* (ConfigError, BitinglipError, OSError) as group:
-        raise explain(next(_leaves(group)), config) from None
+    except (ConfigError, BitinglipError, OSError, ExceptionGroup) as error:
+        known = foreseen(error, (ConfigError, BitinglipError, OSError))
+        if known is None:
+            raise
+        raise explain(known, config) from None
+    return code
 
 
 def announce(node: NodeInfo, *, model: str) -> None:
@@ -103,6 +105,9 @@ def explain(error: BaseException, config: Config) -> CliError:
     """The start's failure in words, and what to do."""
     bind = config.api.bind
     if isinstance(error, ConfigError):
+        below = error.__cause__ or error.__context__
+        if isinstance(below, OSError) and str(error).startswith("api.bind"):
+            return explain(below, config)
         return CliError(str(error), Exit.USAGE)
     if isinstance(error, BitinglipError):
         return CliError(error.message, Exit.CONFLICT if error.status == 409 else Exit.FAILED)
@@ -125,14 +130,6 @@ def explain(error: BaseException, config: Config) -> CliError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         return CliError(text, Exit.FAILED, "make room, or give another folder: --data-dir DIR")
     return CliError(text, Exit.FAILED)
-
-
-def _leaves(error: BaseException) -> Iterator[BaseException]:
-    if isinstance(error, BaseExceptionGroup):
-        for inner in error.exceptions:
-            yield from _leaves(inner)
-    else:
-        yield error
 
 
 def _quoted(path: str) -> str:

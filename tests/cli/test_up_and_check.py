@@ -45,6 +45,33 @@ def test_failures_of_the_start_say_what_to_do(error: Exception, code: int, words
     assert words in f"{found.message} {found.hint}"
 
 
+def test_a_port_in_use_says_what_to_do(run: Run, tmp_path: Path) -> None:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        bind = f"127.0.0.1:{taken.getsockname()[1]}"
+        command = [sys.executable, "-m", "peer", "up", "--data-dir", str(tmp_path / "d"), "--api", bind]
+        done = subprocess.run([*command, "--device", "fake"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 6
+    assert f"{bind} is in use by another program" in done.stderr
+    assert "--api HOST:PORT" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_keys_without_a_peer(run: Run, tmp_path: Path) -> None:
+    """Made, listed and revoked in the store itself, also before the peer's first start."""
+    where = ("--data-dir", str(tmp_path / "new"), "--json")
+    made = run("key", "create", "--owner", "ci", "--scope", "submit", "--rate-limit", "none", *where).json
+    assert made["key"].startswith(f"blk_{made['key_id']}_")
+    assert made["requests_per_hour"] is None
+    assert [item["owner"] for item in run("key", "list", *where).json["keys"]] == ["ci"]
+    assert run("key", "revoke", made["key_id"], *where).json["revoked_at"] is not None
+    assert run("key", "revoke", "nobody", *where).code == 5
+    secret = made["key"].split("_", 2)[2]
+    stored = [path.read_bytes() for path in (tmp_path / "new").rglob("*") if path.is_file()]
+    assert not any(secret.encode() in content for content in stored)
+
+
 def test_config_check(run: Run, tmp_path: Path) -> None:
     file = tmp_path / "b.yaml"
     file.write_text("engine:\n  slots: 3\n")
