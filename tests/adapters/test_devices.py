@@ -9,7 +9,7 @@ import trio
 
 from peer.adapters.devices import find_devices, find_gpus
 from peer.adapters.telemetry import Telemetries, ThreadedSource, open_telemetry
-from peer.adapters.telemetry_host import CpuReader, Host, cpu_name
+from peer.adapters.telemetry_host import CpuReader, Host, MemoryGroup, cpu_name
 from peer.adapters.telemetry_sysfs import SysfsReader
 from peer.engines import Device
 from peer.errors import ConfigError
@@ -174,6 +174,22 @@ def test_the_hosts_description() -> None:
     assert info.os
     assert 0 < info.ram_used_bytes < info.ram_total_bytes
     assert cpu_name(Path("/nonexistent"))
+
+
+def test_a_container_leaves_a_cpu_less_memory(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_text("4:memory:/old\n0::/pod/unit\n")
+    inner = tmp_path / "root/pod/unit"
+    inner.mkdir(parents=True)
+    (inner / "memory.max").write_text("max\n")
+    (tmp_path / "root/pod/memory.max").write_text("1000000\n")
+    (tmp_path / "root/pod/memory.current").write_text("700000\n")
+    (tmp_path / "root/pod/memory.stat").write_text("anon 5\ninactive_file 200000\n")
+    group = MemoryGroup(tmp_path / "root", own)
+    assert (group.limit_bytes, group.used_bytes()) == (1_000_000, 500_000)
+    reading = CpuReader(group)()
+    assert (reading.memory_total_bytes, reading.memory_used_bytes) == (1_000_000, 500_000)
+    assert MemoryGroup(tmp_path / "none", tmp_path / "none").limit_bytes == 0
 
 
 def test_sensors_that_there_are_none_of(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,6 +21,18 @@ from peer.state.worker import EngineState
 from tests.executor.rig import FAKE, QUICK, STALL_S, Rig, alive, odd_engine, rig, until
 
 pytestmark = pytest.mark.process
+
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def state_of(pid: int) -> str:
+    """The kernel's letter, "" if there is no such process."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return ""
 
 
 def quick(**changes: Any) -> Any:
@@ -243,14 +258,7 @@ async def test_grandchildren_go_with_the_engine() -> None:
         child = int((await it.state(EngineState.READY)).device.name)
         assert alive(child)
 
-    def gone() -> bool:
-        try:
-            with open(f"/proc/{child}/stat") as stat:
-                return stat.read().split(")")[1].split()[0] == "Z"
-        except FileNotFoundError:
-            return True
-
-    await until(gone)
+    await until(lambda: state_of(child) in ("", "Z"))
 
 
 async def test_an_engine_that_does_not_read_fills_its_outbox_and_runs_are_refused() -> None:
@@ -303,3 +311,34 @@ async def test_the_engines_environment_is_clean(monkeypatch: pytest.MonkeyPatch)
         names = (await it.state(EngineState.READY)).device.name.split(",")
         assert "BITINGLIP_ENGINE_FD" in names
         assert not {"BITINGLIP_KEY", "HF_TOKEN"} & set(names)
+
+
+PEER = """
+import os, sys, trio
+from peer.adapters.clock import SystemClock
+from peer.adapters.engine_process import EngineProcess
+from peer.engines import Device
+
+class Events:
+    def messages(self, batch): pass
+    def changed(self, state, message, deaths): pass
+    def gone(self, code, reason): pass
+    def ready(self, ready, pid, downtime_s):
+        os.write(2, b"%d\\n" % pid)
+
+device = Device(label="fake0", device="fake", stand_in=True)
+trio.run(EngineProcess("w", device, SystemClock()).run, Events())
+"""
+
+
+def test_an_engine_goes_with_a_peer_that_is_killed() -> None:
+    command = [sys.executable, "-c", PEER]
+    with subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as peer:
+        assert peer.stderr is not None
+        pid = int(peer.stderr.readline())
+        was_alive = alive(pid)
+        peer.kill()
+    assert was_alive
+    trio.run(until, lambda: state_of(pid) in ("", "Z"))
