@@ -41,6 +41,7 @@ BEARER = "bearer."
 QUERY = frozenset({"events", "since", "ticket", "key", "token", "api_key", "access_token"})
 _NAMES = "|".join(EVENT_NAMES)
 NEVER_IN_URL = ("key", "token", "api_key", "access_token")
+TIMES = {"load_s": "load_time"}  # as the reference calls it elsewhere
 KEY_CHECK_S = 1.0  # how soon a revoked key closes its sockets
 
 Close = tuple[int, str]
@@ -52,8 +53,9 @@ def data_view(data: dict[str, Any]) -> dict[str, Any]:
     for name, value in data.items():
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and name.endswith("_s"):
-            shown[name[:-2]] = format.duration(value)
-            shown[name[:-2] + "_seconds"] = value
+            base = TIMES.get(name, name[:-2])
+            shown[base] = format.duration(value)
+            shown[base + "_seconds"] = value
         elif number and name == "duration":
             shown[name] = format.duration(value)
             shown["duration_seconds"] = value
@@ -155,12 +157,14 @@ async def serve_events(app: ApiApp) -> Response | None:
     except BitinglipError as error:
         return refusal(api, error, request_id, headers)
     api.sockets[key.key_id] += 1
+    api.log.debug("websocket opened", request_id=request_id, key_id=key.key_id)
     try:
         await websocket.accept(
             headers={"X-Request-ID": request_id},
             subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None,
         )
         code, reason = await _until_closed(api, key.key_id, asked)
+        api.log.debug("websocket closed", request_id=request_id, code=code, reason=reason)
         await websocket.close(code, reason)
     finally:
         api.sockets[key.key_id] -= 1

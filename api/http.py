@@ -283,6 +283,7 @@ class HttpConnection:
                 cause = errors.internal()
             reply = self._error(call, cause)
         if reply is None:
+            api.log.debug("stream ended", path=scope["path"], request_id=call.request_id)
             return
         if call.started:  # too late for another status
             await call.finish()

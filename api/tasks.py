@@ -13,7 +13,7 @@ from api.decode import BodyDecoder
 from api.http import ID, Call, Param, Reply, Route, query_choice, query_float, query_int
 from api.models import priority_number
 from peer import limits
-from peer.errors import BadRequest
+from peer.errors import BadRequest, Unavailable
 from peer.state import command
 from peer.state.model import Model
 from peer.state.task import SHOWN_STATUSES, TERMINAL, Task, TextGeneration, shown
@@ -175,7 +175,10 @@ async def submit(call: Call) -> Reply:
     view = submitted.view
     task_id = view.task.task_id
     if wait_s and view.task.status not in TERMINAL:
-        view = await _wait(call, task_id, wait_s)
+        try:
+            view = await _wait(call, task_id, wait_s)
+        except* Unavailable:
+            pass  # it is accepted all the same: the answer says so
     headers = [(b"location", b"/tasks/" + task_id.encode("ascii"))]
     if submitted.replayed:
         headers.append((b"idempotency-replayed", b"true"))

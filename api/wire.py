@@ -12,7 +12,6 @@ What differs from hypercorn's trio worker, and why:
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import struct
 from collections import deque
@@ -415,10 +414,18 @@ class Connection:
 
     async def _close(self) -> None:
         """Let the client read what was sent, then close."""
-        if self._lingers and not self._lost and not self._left:
-            with trio.move_on_after(LINGER_S_MAX), contextlib.suppress(trio.BrokenResourceError, OSError):
-                if hasattr(self.stream, "send_eof"):
+        try:
+            if (
+                self._lingers
+                and not self._lost
+                and not self._left
+                and isinstance(self.stream, trio.SocketStream)
+            ):
+                with trio.move_on_after(LINGER_S_MAX):
                     await self.stream.send_eof()
                     while await self.stream.receive_some(RECEIVE_BYTES):
                         pass
-        await trio.aclose_forcefully(self.stream)
+        except (trio.BrokenResourceError, trio.ClosedResourceError, OSError):
+            pass
+        finally:
+            await trio.aclose_forcefully(self.stream)

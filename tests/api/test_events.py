@@ -91,6 +91,7 @@ def test_the_documented_event(server: RunningServer, connection: ClientConnectio
         duration_s=3.21,
         success=True,
         used_bytes=8 * 2**30,
+        load_s=45.25,
     )
     event = json.loads(connection.recv(timeout=10))
     assert event.pop("id") == len(server.cluster.journal)
@@ -105,6 +106,8 @@ def test_the_documented_event(server: RunningServer, connection: ClientConnectio
             "success": True,
             "used": "8GB",
             "used_bytes": 8 * 2**30,
+            "load_time": "45.2s",
+            "load_time_seconds": 45.25,
         },
     }
 

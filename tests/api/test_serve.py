@@ -248,6 +248,18 @@ def test_stopping_ends_a_long_poll(server: RunningServer, client: httpx.Client, 
     check_error(answers[0], 503)
 
 
+def test_stopping_answers_what_was_accepted(server: RunningServer, client: httpx.Client) -> None:
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(
+        target=lambda: answers.append(client.post("/tasks?wait=300", json=submission()))
+    )
+    thread.start()
+    eventually(lambda: server.cluster.requests and isinstance(server.cluster.requests[-1], command.GetTask))
+    server.stop(5)
+    thread.join(5)
+    assert (answers[0].status_code, answers[0].json()["status"]) == (201, "queued")
+
+
 def test_stopping_with_idle_connections_is_quick(server: RunningServer) -> None:
     with httpx.Client(base_url=server.url) as client:
         client.get("/livez")
