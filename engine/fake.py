@@ -433,7 +433,7 @@ class FakeEngine:
                 memory_bytes=need,
                 load_s=now - model.began_s,
                 context=load.context,
-                slots=load.slots,
+                slots=min(load.slots, self._configure.slots_max),
             )
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from engine.protocol import Configure, Load, Loaded, LoadFailed, Ready, Unusable
 from tests.engine.harness import REPOSITORY, EngineProcess
 
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads spin, and cores are shared
 CACHE = REPOSITORY / ".cache" / "engine-tests"
 CONTEXT = 512
 SLOTS = 4

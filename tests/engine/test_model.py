@@ -82,7 +82,7 @@ def test_a_plausible_answer(real: EngineProcess, alone: dict[str, str]) -> None:
 
 
 def test_equal_to_an_independent_reference(
-    real: EngineProcess, model_path: Path, alone: dict[str, str]
+    reference: Reference, model_path: Path, alone: dict[str, str]
 ) -> None:
     vocabulary = tokenizer.from_gguf(gguf.read(model_path))
     for prompt in PROMPTS[:2]:

@@ -1,0 +1,59 @@
+"""A script, DEV=CPU:LLVM: compiles a step's kernels for an AMD architecture, with no card; prints their names.
+
+The kernels are built as for a GPU (no CPU loop shapes), run on the CPU, and each is also rendered and compiled by
+tinygrad's AMD LLVM renderer through the engine's llvmlite shim.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+import tinygrad.engine.realize as realize
+from tinygrad import Tensor
+from tinygrad.helpers import Target
+from tinygrad.renderer.llvmir import AMDLLVMRenderer
+from tinygrad.uop.ops import UOp
+
+from engine import kernels, llvm
+
+ROWS, HEADS, GROUPS, WIDTH, SLOTS, LENGTH = 4, 4, 2, 64, 2, 64
+
+
+def main(architecture: str) -> None:
+    llvm.install()
+    amd = AMDLLVMRenderer(Target("AMD", "LLVM", architecture))
+    compile_kernel = realize.to_program
+
+    def compile_for_both(ast: Any, renderer: Any) -> Any:
+        program = compile_kernel(ast, amd)
+        assert bytes(program.src[-1].arg)[:4] == b"\x7fELF"
+        print(ast.arg.name)
+        return compile_kernel(ast, renderer)
+
+    realize.to_program = compile_for_both
+    kernels._on_cpu = lambda tensor: False
+    step()
+
+
+def step() -> None:
+    embedding = HEADS * WIDTH
+    tokens, slots, positions = (
+        Tensor(np.array(v, dtype=np.int32)) for v in ([1, 2, 3, 4], [0, 0, 1, 1], [0, 1, 0, 1])
+    )
+    x = kernels.gather_rows(Tensor.ones(8, embedding).half().contiguous(), tokens)
+    weight = Tensor.ones((HEADS + 2 * GROUPS) * WIDTH, embedding).half().contiguous()
+    qkv = kernels.matmul(x, weight, scale=kernels.inverse_norm(x, 1e-5))
+    angles = Tensor.ones(2, ROWS, WIDTH // 2).contiguous()
+    empty = Tensor.zeros(2, SLOTS, GROUPS, LENGTH, WIDTH).half().contiguous().realize()
+    cache = kernels.write_cache(empty, qkv, angles, slots, positions, HEADS)
+    queries = kernels.rotate_queries(qkv, angles, HEADS, WIDTH)
+    length = UOp.variable("length", 1, LENGTH).bind(2)
+    mixed = kernels.attention(queries, cache, slots, positions, length)
+    x = kernels.matmul(mixed, Tensor.ones(embedding, embedding).half().contiguous(), residual=x)
+    assert np.isfinite(kernels.gated(x).numpy()).all()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
