@@ -106,5 +106,9 @@ def _print(event: dict[str, Any], as_json: bool) -> None:
     if as_json:
         emit_object(event)
         return
-    data = "  ".join(f"{name}={shown(value)}" for name, value in event["data"].items())
+    data = "  ".join(
+        f"{name}={shown(value)}"
+        for name, value in event["data"].items()
+        if name.removesuffix("_seconds").removesuffix("_bytes") not in event["data"].keys() - {name}
+    )
     print(f"{event['id']}  {shown(event['timestamp'])}  {shown(event['event'])}  {data}", flush=True)
