@@ -215,8 +215,8 @@ class Executor:
         self._touched.add(worker.worker_id)
         self._touched_wake.set()
 
-    def _report_state(self, worker: HostedWorker) -> None:
-        """In line once: it is made when its turn comes, so that a slow leader gets the newest."""
+    def report_state(self, worker: HostedWorker) -> None:
+        """Put its state in line, once: it is made when its turn comes, so that a slow leader gets the newest."""
         if worker.worker_id not in self._reporting:
             self._reporting.add(worker.worker_id)
             self._reports.append(worker)
@@ -245,7 +245,7 @@ class Executor:
             self._touched_wake = trio.Event()
             touched, self._touched = self._touched, set()
             for worker_id in sorted(touched):
-                self._report_state(self._workers[worker_id])
+                self.report_state(self._workers[worker_id])
             await trio.sleep(COALESCE_S)
 
     async def _report_periodically(self) -> None:
@@ -254,4 +254,4 @@ class Executor:
             for worker in self._workers.values():
                 if not self._reports:  # a leader that is behind need not hear them again
                     worker.report_outcomes_again()
-                self._report_state(worker)
+                self.report_state(worker)

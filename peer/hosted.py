@@ -73,6 +73,9 @@ class Host(Protocol):
     thresholds: Thresholds
 
     def report(self, report: Report) -> None: ...
+    def report_state(self, worker: HostedWorker) -> None:
+        """Its state has changed: report it before what is reported after."""
+
     def touch(self, worker: HostedWorker) -> None:
         """Its state has changed: report it soon."""
 
@@ -180,6 +183,8 @@ class HostedWorker:
     def gone(self, code: str, reason: str) -> None:
         self._pid = 0
         self._counts.clear()
+        # First: a leader that heard of the failures alone would give the same tasks to this worker at once.
+        self._host.report_state(self)
         attempts, self._attempts = self._attempts, {}
         for key, attempt in attempts.items():
             if not attempt.stopping:
