@@ -9,6 +9,7 @@ from peer.decide.decision import Decision
 from peer.decide.recover import requeue
 from peer.decide.workers import (
     can_run,
+    free_slots,
     held_of,
     load_seconds,
     memory,
@@ -30,7 +31,7 @@ from peer.state.command import (
 )
 from peer.state.model import Assignment, Model, Replica, ReplicaState
 from peer.state.order import LoadReplica, RestartEngine, UnloadReplica
-from peer.state.snapshot import Drain, Drop, Foresee, Save, Snapshot
+from peer.state.snapshot import Drain, Drop, Foresee, Pause, Save, Snapshot
 
 _RESTART_S = 5.0  # before a worker's first start has been measured
 
@@ -210,6 +211,7 @@ def restart(snapshot: Snapshot, now: float, command: RestartWorker) -> Decision:
     for task in held:
         because = "its worker was restarted"
         decision.add(requeue(snapshot, now, task, "worker_restarted", because, strike=False))
+    decision.changes.append(Pause(command.worker_id))
     decision.orders.append((worker.peer_id, RestartEngine(epoch=snapshot.epoch, worker_id=command.worker_id)))
     decision.reply = RestartReply(
         worker_id=command.worker_id,
@@ -269,7 +271,7 @@ def _wants_replica(snapshot: Snapshot, now: float, model_name: str, workers: lis
     serving = [r for r in replicas if takes_tasks(snapshot, r)]
     if not serving:
         return True
-    full = all(held_of(snapshot, r.worker_id, model_name) >= r.slots for r in serving)
+    full = all(free_slots(snapshot, r, len(snapshot.held.get(r.worker_id, ()))) <= 0 for r in serving)
     return full and any(not snapshot.held.get(w) and model_name not in snapshot.replicas[w] for w in workers)
 
 
@@ -282,7 +284,7 @@ def _by_preference(snapshot: Snapshot, model: Model, idle: list[str]) -> list[st
 
 
 def _begin(snapshot: Snapshot, now: float, model: Model, worker_id: str, decision: Decision) -> bool:
-    """Load if it fits; else make room, if that helps, for a later round. False: nothing was begun here."""
+    """Load if it fits; else make room for a later round, if that is enough. False: nothing was begun here."""
     replica = snapshot.replicas[worker_id].get(model.name)
     if replica is not None and (
         replica.state is not ReplicaState.FAILED
@@ -297,13 +299,19 @@ def _begin(snapshot: Snapshot, now: float, model: Model, worker_id: str, decisio
         load(snapshot, now, model, worker_id, decision)
         return True
     going = {m for w, m in snapshot.draining if w == worker_id}
+    leaving = []
     for name in _evictable(snapshot, worker_id):
         if needed <= memory(snapshot, worker_id, without=frozenset(going)).free:
             break
-        going.add(name)
+        if name not in going:
+            going.add(name)
+            leaving.append(name)
+    if needed > memory(snapshot, worker_id, without=frozenset(going)).free:
+        return False  # nothing is sent away in vain
+    for name in leaving:
         decision.changes.append(Drain(worker_id, name, wanted=True))
         decision.reasons.append(f"{name} leaves {worker_id} to make room for {model.name}")
-    return needed <= memory(snapshot, worker_id, without=frozenset(going)).free
+    return True
 
 
 def _evictable(snapshot: Snapshot, worker_id: str) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from msgspec.structs import replace as changed
 
 from peer.decide.decision import Decision
-from peer.decide.workers import held_of, takes_tasks, usable
+from peer.decide.workers import free_slots, takes_tasks, usable
 from peer.state.order import RunAttempt
 from peer.state.snapshot import Save, Snapshot
 from peer.state.task import Happening, Task, step
@@ -16,10 +16,10 @@ def schedule(snapshot: Snapshot, now: float) -> Decision:
     decision = Decision()
     if not snapshot.queued:
         return decision
-    workers = usable(snapshot, now)
+    workers = [w for w in usable(snapshot, now) if w not in snapshot.paused]
     load = {worker_id: len(snapshot.held.get(worker_id, ())) for worker_id in workers}
     for model_name, queue in _by_first_rank(snapshot):
-        free = _free_slots(snapshot, model_name, workers)
+        free = _free_slots(snapshot, model_name, load)
         for _, task_id in queue[: sum(free.values())]:
             worker_id = min(free, key=lambda w: (load[w] / (load[w] + free[w]), w))
             _assign(snapshot, now, snapshot.tasks[task_id], worker_id, decision)
@@ -34,13 +34,13 @@ def _by_first_rank(snapshot: Snapshot) -> list[tuple[str, list[tuple[float, str]
     return sorted(snapshot.queues.items(), key=lambda entry: entry[1][0])
 
 
-def _free_slots(snapshot: Snapshot, model_name: str, workers: list[str]) -> dict[str, int]:
-    """Free slots of this model's replicas, by worker; only those that have one."""
+def _free_slots(snapshot: Snapshot, model_name: str, load: dict[str, int]) -> dict[str, int]:
+    """Free slots of this model's replicas, by worker; only those that have one. `load`: tasks that each holds."""
     free = {}
-    for worker_id in workers:
+    for worker_id, held in load.items():
         replica = snapshot.replicas[worker_id].get(model_name)
         if replica is not None and takes_tasks(snapshot, replica):
-            slots = replica.slots - held_of(snapshot, worker_id, model_name)
+            slots = free_slots(snapshot, replica, held)
             if slots > 0:
                 free[worker_id] = slots
     return free

@@ -10,6 +10,7 @@ from peer.decide.meter import worker_metrics
 from peer.decide.place import unknown_worker
 from peer.decide.workers import (
     can_run,
+    free_slots,
     held_of,
     load_seconds,
     memory,
@@ -19,6 +20,7 @@ from peer.decide.workers import (
     usable,
 )
 from peer.state.command import AssignmentView, ClusterStatus, ModelView, PendingReason, TaskView, WorkerView
+from peer.state.metric import WorkerMetrics
 from peer.state.model import Model, Replica, ReplicaState
 from peer.state.snapshot import Snapshot
 from peer.state.task import Status, Task
@@ -66,11 +68,10 @@ def _pending_on(snapshot: Snapshot, now: float, task: Task, model: Model, worker
     if replica is None:
         return _not_loaded(snapshot, model, worker_id)
     if replica.state is ReplicaState.READY and takes_tasks(snapshot, replica):
-        held = held_of(snapshot, worker_id, model.name)
-        if held < replica.slots:
+        if free_slots(snapshot, replica, len(snapshot.held.get(worker_id, ()))) > 0:
             return "it is next and about to be assigned"
         ahead = bisect_left(snapshot.queues[model.name], (snapshot.rank(task), task.task_id))
-        return f"all {replica.slots} slots are taken; {ahead} tasks are ahead in the queue"
+        return f"all slots are taken; {ahead} tasks are ahead in the queue"
     if replica.state in (ReplicaState.FETCHING, ReplicaState.LOADING):
         share = f" ({replica.stage} {100 * replica.done // replica.total}%)" if replica.total else ""
         return f"{model.name} is {replica.state.value}{share}"
@@ -134,38 +135,46 @@ def shown_replicas(snapshot: Snapshot, worker_id: str) -> tuple[Replica, ...]:
 
 
 def worker(snapshot: Snapshot, now: float, worker_id: str) -> WorkerView:
-    known = snapshot.workers.get(worker_id)
-    if known is None:
+    if worker_id not in snapshot.workers:
         raise unknown_worker(snapshot, worker_id)
-    measured = worker_metrics(snapshot, worker_id, now)
+    return _worker(snapshot, now, worker_id, _measured(snapshot, now))
+
+
+def _measured(snapshot: Snapshot, now: float) -> dict[str, WorkerMetrics]:
+    return {worker_id: worker_metrics(snapshot, worker_id, now) for worker_id in sorted(snapshot.workers)}
+
+
+def _worker(
+    snapshot: Snapshot, now: float, worker_id: str, measured: dict[str, WorkerMetrics]
+) -> WorkerView:
     return WorkerView(
-        worker=known,
+        worker=snapshot.workers[worker_id],
         status=status(snapshot, worker_id, now),
         report=snapshot.reports.get(worker_id),
         replicas=shown_replicas(snapshot, worker_id),
         current_tasks=len(snapshot.held.get(worker_id, ())),
         last_heartbeat=snapshot.heard_at.get(worker_id),
-        metrics=measured,
-        performance_score=_score(snapshot, now, worker_id),
+        metrics=measured[worker_id],
+        performance_score=_score(worker_id, measured),
     )
 
 
-def _score(snapshot: Snapshot, now: float, worker_id: str) -> float:
+def _score(worker_id: str, measured: dict[str, WorkerMetrics]) -> float:
     """0 to 10: this hour's tokens/s relative to the fastest worker, times its share of tasks that did not fail.
 
     A worker that has run nothing has shown nothing yet: 0.
     """
-    own = worker_metrics(snapshot, worker_id, now)
+    own = measured[worker_id]
     if own.tokens_per_s is None or own.error_rate is None:
         return 0.0
-    speeds = [worker_metrics(snapshot, w, now).tokens_per_s or 0.0 for w in snapshot.workers]
-    fastest = max(speeds)
+    fastest = max(each.tokens_per_s or 0.0 for each in measured.values())
     relative = own.tokens_per_s / fastest if fastest > 0 else 1.0
     return _SCORE_MAX * relative * (1.0 - own.error_rate)
 
 
 def workers(snapshot: Snapshot, now: float) -> tuple[WorkerView, ...]:
-    return tuple(worker(snapshot, now, worker_id) for worker_id in sorted(snapshot.workers))
+    measured = _measured(snapshot, now)
+    return tuple(_worker(snapshot, now, worker_id, measured) for worker_id in measured)
 
 
 def assignments(snapshot: Snapshot) -> tuple[AssignmentView, ...]:

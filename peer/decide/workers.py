@@ -17,10 +17,16 @@ _BYTES_PER_S = 100e6  # of a first load, likewise
 _LOAD_S_MIN = 1.0
 
 
+def silent(snapshot: Snapshot, worker_id: str, now: float) -> bool:
+    """Whether its peer has not been heard of for too long."""
+    heard_at = snapshot.heard_at.get(worker_id)
+    return heard_at is None or now - heard_at > WORKER_SILENT_S
+
+
 def status(snapshot: Snapshot, worker_id: str, now: float) -> str:
     """online, busy (every slot taken), offline (silent, or its engine is not up) or error."""
     report = snapshot.reports.get(worker_id)
-    if report is None or now - snapshot.heard_at[worker_id] > WORKER_SILENT_S:
+    if report is None or silent(snapshot, worker_id, now):
         return "offline"
     if report.state is EngineState.ERROR:
         return "error"
@@ -44,6 +50,13 @@ def can_run(snapshot: Snapshot, model: Model, worker_id: str) -> bool:
 def held_of(snapshot: Snapshot, worker_id: str, model_name: str) -> int:
     """Tasks of this model that are assigned to or running on this worker."""
     return sum(task.model_name == model_name for task in snapshot.held.get(worker_id, {}).values())
+
+
+def free_slots(snapshot: Snapshot, replica: Replica, held: int) -> int:
+    """How many more tasks a replica can run while its worker holds `held` tasks of all its models."""
+    free = replica.slots - held_of(snapshot, replica.worker_id, replica.model_name)
+    slots_max = snapshot.reports[replica.worker_id].slots_max
+    return min(free, slots_max - held) if slots_max else free
 
 
 def takes_tasks(snapshot: Snapshot, replica: Replica) -> bool:
