@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 
 import trio
 
@@ -46,11 +46,13 @@ class Journal:
         """
         send, receive = trio.open_memory_channel[Event](self._behind_max)
         self._readers[send] = None
-        start = self._last if since is None else since
+        published = self._last  # later ones come through the channel
+        start = published if since is None else since
         try:
-            if start < self._last:
+            if start < published:
                 await self._require(start + 1)
-            yield self._events(start, self._last, receive)
+            async with aclosing(self._events(start, published, receive)) as events:
+                yield events
         finally:
             self._readers.pop(send, None)
             send.close()
@@ -67,7 +69,7 @@ class Journal:
 
     async def _events(
         self, since: int, published: int, receive: trio.MemoryReceiveChannel[Event]
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """From the store up to what was published at the beginning, then from the channel."""
         sent = since
         while sent < published:

@@ -8,7 +8,8 @@ ran ahead of the store is thrown away with it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +19,19 @@ import trio
 
 from peer import limits
 from peer.decide import admit, keys, meter, place, rebalance, record, recover, retain, schedule, view
+from peer.decide.batch import Batch
 from peer.decide.decision import Decision
 from peer.errors import BitinglipError, NotFound, Unavailable
 from peer.journal import Journal
 from peer.ports import Clock, Delete, Entropy, Link, Put, Store, Write
 from peer.state import command as asks
-from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.model import Model
-from peer.state.order import Order, Report
+from peer.state.order import AttemptFinished, Order, Report
 from peer.state.plan import Plan
-from peer.state.record import decode, idempotency_key, list_prefix, prefix_end, task_id
-from peer.state.snapshot import Policy, Save, Snapshot, StoreWrites
-from peer.state.task import TERMINAL, Idempotency, Status, Task, TaskResult
+from peer.state.record import decode, ended_at, idempotency_key, list_prefix, prefix_end, task_id
+from peer.state.snapshot import Policy, Snapshot, StoreWrites
+from peer.state.task import Idempotency, Status, Task, TaskResult
 from peer.streams import StreamHub
 
 log = structlog.get_logger(__name__)
@@ -38,22 +39,32 @@ log = structlog.get_logger(__name__)
 _RECENT_MAX = 1_000  # finished tasks kept in memory for those who wait for them
 _RECENT_CHARS_MAX = 16_384  # of result text; longer ones are read from the store
 _ENTROPY_BYTES = 5
+_FORGET_ROUNDS_MAX = 8  # in a tick: more end in a second than one batch
+_BATCH_BYTES_MAX = limits.BODY_BYTES_MAX  # of prompts and results; the store bounds its transactions
 _encode_json = msgspec.json.Encoder().encode
 
 
 class _Pending:
     """A command on its way, and where its answer will be."""
 
-    __slots__ = ("answer", "command", "done", "error", "stored")
+    __slots__ = ("answer", "command", "done", "error", "size", "stored")
 
     def __init__(self, command: asks.Command) -> None:
         self.command = command
+        self.size = len(_encode_json(command.parameters)) if isinstance(command, asks.SubmitTask) else 0
         self.done = trio.Event()
         self.answer: Any = None
         self.error: BitinglipError | None = None
         self.stored: Task | Idempotency | None = (
             None  # what the store holds for it, read before it is decided
         )
+
+
+def _size(item: _Pending | Report) -> int:
+    """About how many bytes of it go into the transaction, beyond the few of every record."""
+    if isinstance(item, _Pending):
+        return item.size
+    return len(item.generated_text) if isinstance(item, AttemptFinished) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +100,9 @@ class Leader:
         self._committing = trio.Lock()
         self._waiting: dict[str, trio.Event] = {}
         self._recent: OrderedDict[str, asks.TaskView] = OrderedDict()
+        self._deciding: list[_Pending] = []
         self._stopping = ""
+        self._over = False  # memory may be ahead of the store, or another epoch may lead
         self._sampled_at = 0
 
     # ---------------------------------------------------------------- what callers use
@@ -114,8 +127,11 @@ class Leader:
         return sum(len(tasks) for tasks in self._snapshot.held.values())
 
     async def report(self, message: Report) -> None:
-        """ports.ReportSink: waits while the leader is behind."""
-        await self._inbox_send.send(message)
+        """ports.ReportSink: waits while the leader is behind, and for good once it leads no more."""
+        try:
+            await self._inbox_send.send(message)
+        except trio.BrokenResourceError:
+            await trio.sleep_forever()
 
     async def call(self, request: asks.Request) -> Any:
         """Commands are handed over to the leader's task: a caller that goes away does not undo them."""
@@ -132,17 +148,13 @@ class Leader:
         except trio.WouldBlock:
             raise Unavailable("the leader is behind", code="overloaded", retry_after_s=1.0) from None
         except trio.BrokenResourceError:
-            raise Unavailable("this peer is stopping", code="stopping", retry_after_s=5.0) from None
+            raise _no_leader() from None
         with trio.move_on_after(limits.COMMAND_S_MAX):
             await pending.done.wait()
+        if not pending.done.is_set():
+            raise _ambiguous(f"no answer from the store in {limits.COMMAND_S_MAX:g} s")
         if pending.error is not None:
             raise pending.error
-        if not pending.done.is_set():
-            raise Unavailable(
-                f"no answer from the store in {limits.COMMAND_S_MAX:g} s; it is not known whether this was done",
-                code="ambiguous",
-                retry_after_s=1.0,
-            )
         if isinstance(pending.answer, _First):
             view_of_first = await self._get_task(asks.GetTask(task_id=pending.answer.task_id))
             return asks.Submitted(view=view_of_first, replayed=True)
@@ -156,8 +168,16 @@ class Leader:
                 return await self._get_task(query)
             case asks.ListTasks():
                 return await self._list_tasks(query)
-        async with self._committing:
+        async with self._settled():
             return self._read(query)
+
+    @asynccontextmanager
+    async def _settled(self) -> AsyncIterator[None]:
+        """While nothing is in flight: what the snapshot says is durable. Raises Unavailable when this is over."""
+        async with self._committing:
+            if self._over:
+                raise _no_leader()
+            yield
 
     def _read(self, query: asks.Query) -> Any:
         now = self._clock.wall()
@@ -192,7 +212,7 @@ class Leader:
             finished = self._waiting.setdefault(query.task_id, trio.Event())
             with trio.move_on_after(query.wait_s):
                 await finished.wait()
-        async with self._committing:
+        async with self._settled():
             task = self._snapshot.tasks.get(query.task_id)
             if task is not None:
                 live = view.live_task(self._snapshot, self._clock.wall(), task)
@@ -218,15 +238,21 @@ class Leader:
     async def _list_tasks(self, query: asks.ListTasks) -> asks.TaskPage:
         prefix = list_prefix(query.status, query.worker_id)
         end = prefix_end(prefix)
-        async with self._committing:
+        async with self._settled():
             pass  # what was in flight when the caller asked is in the store now
         total = await self._store.count(prefix, end)
         page = await self._store.range(prefix, end, limit=query.limit, offset=query.offset, keys_only=True)
         names = [f"task/{item.key.rpartition('/')[2]}" for item in page.items]
         found = await self._store.get(names)
         tasks = tuple(decode(Task, found[name].value) for name in names if name in found)
-        # The store's copy of a running task lacks its start, which is kept in memory only.
-        return asks.TaskPage(tasks=tuple(self._snapshot.tasks.get(t.task_id, t) for t in tasks), total=total)
+        return asks.TaskPage(tasks=tuple(self._with_start(task) for task in tasks), total=total)
+
+    def _with_start(self, stored: Task) -> Task:
+        """The store's copy of a running task lacks its start, which is kept in memory only."""
+        live = self._snapshot.tasks.get(stored.task_id)
+        if live is None or live.attempt != stored.attempt or live.status is not Status.RUNNING:
+            return stored
+        return live
 
     # ---------------------------------------------------------------- the loop
 
@@ -239,30 +265,57 @@ class Leader:
                 async for first in self._inbox:
                     await self._batch(self._gather(first))
         finally:
-            self._inbox.close()
+            self._give_up()
 
-    def _gather(self, first: _Pending | Report) -> list[_Pending | Report]:
-        batch = [first]
-        while len(batch) < limits.BATCH_COMMANDS_MAX:
+    def _give_up(self) -> None:
+        """Nobody waits for an answer that will not come, and nobody reads what may not be durable."""
+        self._over = True
+        for pending in self._deciding:
+            if not pending.done.is_set():
+                pending.error = _ambiguous("this peer has stopped leading")
+                pending.done.set()
+        while True:
             try:
-                batch.append(self._inbox.receive_nowait())
+                item = self._inbox.receive_nowait()
             except trio.WouldBlock:
                 break
+            if isinstance(item, _Pending):
+                item.error = _no_leader()
+                item.done.set()
+        self._inbox.close()
+        for waiting in self._waiting.values():
+            waiting.set()
+
+    def _gather(self, first: _Pending | Report) -> list[_Pending | Report]:
+        batch, nbytes = [first], _size(first)
+        while len(batch) < limits.BATCH_COMMANDS_MAX and nbytes < _BATCH_BYTES_MAX:
+            try:
+                item = self._inbox.receive_nowait()
+            except trio.WouldBlock:
+                break
+            batch.append(item)
+            nbytes += _size(item)
         return batch
 
     async def _ticks(self) -> None:
         while True:
             await self._batch([])
-            await self._forget_old_tasks()
+            for _ in range(_FORGET_ROUNDS_MAX):
+                if not await self._forget_old_tasks():
+                    break
             await self._clock.sleep(limits.TICK_S)
 
     async def _batch(self, batch: list[_Pending | Report]) -> None:
         """Decide, commit and carry out one batch; an empty one is a tick."""
         async with self._committing:
-            for item in batch:
-                if isinstance(item, _Pending):
-                    await self._read_stored(item)
-            work = _Batch(self._snapshot, self._clock.wall())
+            if self._over:
+                return  # the other task's commit has failed, which ends this one too
+            commands = [item for item in batch if isinstance(item, _Pending)]
+            if commands:
+                self._deciding = commands
+            for pending in commands:
+                await self._read_stored(pending)
+            work = Batch(self._snapshot, self._clock.wall())
             for item in batch:
                 if isinstance(item, _Pending):
                     self._decide_command(item, work)
@@ -273,8 +326,9 @@ class Leader:
             if not self._stopping:
                 work.take(schedule.schedule(self._snapshot, work.now))
             work.count_ended()
+            work.take(retain.forget_events(self._snapshot))
             await self._commit(work.writes)
-        await self._carry_out(work)
+        await self._carry_out(work, commands)
 
     async def _commit(self, writes: StoreWrites) -> None:
         if not writes:
@@ -282,9 +336,11 @@ class Leader:
         changes: list[Write] = [
             Put(key, value) if value is not None else Delete(key) for key, value in writes.items()
         ]
+        self._over = True  # and stays so if this fails: then memory is ahead of the store
         await self._store.commit(self._snapshot.epoch, changes)
+        self._over = False
 
-    async def _carry_out(self, work: _Batch) -> None:
+    async def _carry_out(self, work: Batch, commands: list[_Pending]) -> None:
         """After the commit: answer, publish, order."""
         for task, result in work.ended.values():
             self._remember(task, result)
@@ -295,7 +351,7 @@ class Leader:
         for task in work.requeued:
             self._streams.restart(task.task_id, task.attempt + 1, task.requeued_because)
         self._journal.publish(work.events)
-        for pending in work.answered:
+        for pending in commands:
             pending.done.set()
         for reason in work.reasons:
             log.debug("decided", reason=reason)
@@ -329,9 +385,9 @@ class Leader:
                 stored = await self._stored_task(wanted)
                 pending.stored = stored.task if stored is not None else None
 
-    def _decide_command(self, pending: _Pending, work: _Batch) -> None:
+    def _decide_command(self, pending: _Pending, work: Batch) -> None:
         try:
-            decision = self._decide(pending, work.now)
+            decision = self._decide(pending, work)
         except BitinglipError as error:
             pending.error = error
         except Exception:
@@ -341,15 +397,16 @@ class Leader:
         else:
             work.take(decision)
             pending.answer = decision.reply
-        work.answered.append(pending)
 
-    def _decide(self, pending: _Pending, now: float) -> Decision:
-        snapshot = self._snapshot
+    def _decide(self, pending: _Pending, work: Batch) -> Decision:
+        snapshot, now = self._snapshot, work.now
         match pending.command:
             case asks.SubmitTask() as command:
                 return self._submit(command, pending, now)
             case asks.CancelTask() as command:
                 stored = pending.stored if isinstance(pending.stored, Task) else None
+                if command.task_id in work.ended:  # by this very batch
+                    stored, _ = work.ended[command.task_id]
                 return admit.cancel(snapshot, now, command, stored)
             case asks.AssignModel() as command:
                 return place.assign(snapshot, now, command, f"assign-{self._entropy.token(_ENTROPY_BYTES)}")
@@ -370,11 +427,10 @@ class Leader:
         first = admit.first_of(self._snapshot, command, stored)
         if first is not None:
             return Decision(reply=_First(first))
-        size = len(_encode_json(command.parameters))
         new_id = task_id(now, self._entropy.token(_ENTROPY_BYTES))
-        return admit.submit(self._snapshot, now, command, new_id, size)
+        return admit.submit(self._snapshot, now, command, new_id, pending.size)
 
-    def _decide_report(self, message: Report, work: _Batch) -> None:
+    def _decide_report(self, message: Report, work: Batch) -> None:
         try:
             decision = record.report(self._snapshot, work.now, message)
         except Exception:
@@ -383,7 +439,7 @@ class Leader:
         else:
             work.take(decision)
 
-    def _decide_tick(self, work: _Batch) -> None:
+    def _decide_tick(self, work: Batch) -> None:
         snapshot, now = self._snapshot, work.now
         work.take(recover.time_out(snapshot, now))
         work.take(recover.lost_attempts(snapshot, now))
@@ -391,72 +447,36 @@ class Leader:
         work.take(place.reconcile(snapshot, now))
         work.take(rebalance.advance(snapshot, now))
         work.take(recover.announce(snapshot, now))
-        work.take(retain.forget_events(snapshot))
         work.take(retain.forget_plans(snapshot))
         if int(now) != self._sampled_at:
             self._sampled_at = int(now)
             work.take(meter.sample_gauges(snapshot, now))
             work.take(meter.roll_up(snapshot, now))
 
-    async def _forget_old_tasks(self) -> None:
-        """Retention: read the tasks that ended first, and drop those beyond age or number."""
+    async def _forget_old_tasks(self) -> bool:
+        """Retention: drop tasks that ended first, if they are beyond age or number. True: there may be more."""
         page = await self._store.range(
-            "ended/", prefix_end("ended/"), limit=max(1, retain.excess(self._snapshot)), keys_only=True
+            "ended/", prefix_end("ended/"), limit=limits.RETENTION_BATCH, keys_only=True
         )
-        names = [f"task/{item.key.rpartition('/')[2]}" for item in page.items]
-        found = await self._store.get(names) if names else {}
-        oldest = [decode(Task, found[name].value) for name in names if name in found]
+        oldest = [ended_at(item.key) for item in page.items]
+        names = [f"task/{each}" for each in retain.due(self._snapshot, self._clock.wall(), oldest)]
+        if not names:
+            return False
+        tasks = [decode(Task, item.value) for item in (await self._store.get(names)).values()]
         async with self._committing:
-            work = _Batch(self._snapshot, self._clock.wall())
-            work.take(retain.forget_tasks(self._snapshot, work.now, oldest))
+            if self._over:
+                return False
+            work = Batch(self._snapshot, self._clock.wall())
+            work.take(retain.forget_tasks(tasks))
             await self._commit(work.writes)
-        for task in oldest:
-            if f"task/{task.task_id}" in work.writes:
-                self._recent.pop(task.task_id, None)
+        for task in tasks:
+            self._recent.pop(task.task_id, None)
+        return len(names) == limits.RETENTION_BATCH
 
 
-class _Batch:
-    """What a batch has decided so far; taking a decision applies it to the snapshot at once."""
+def _no_leader() -> Unavailable:
+    return Unavailable("this peer does not lead any more", code="stopping", retry_after_s=5.0)
 
-    def __init__(self, snapshot: Snapshot, now: float) -> None:
-        self._snapshot = snapshot
-        self.now = now
-        self.writes: StoreWrites = {}
-        self.orders: list[tuple[str, Order]] = []
-        self.events: list[Event] = []
-        self.answered: list[_Pending] = []
-        self.reasons: list[str] = []
-        self.ended: dict[str, tuple[Task, TaskResult | None]] = {}
-        self.requeued: list[Task] = []
 
-    def take(self, decision: Decision) -> None:
-        for change in decision.changes:
-            self.writes.update(self._snapshot.apply(change))
-            if isinstance(change, Save):
-                self._note(change.record)
-        for draft in decision.events:
-            event = Event(
-                id=self._snapshot.events_next, event=draft.event, timestamp=self.now, data=draft.data
-            )
-            self.writes.update(self._snapshot.apply(Save(event)))
-            self.events.append(event)
-        self.orders += decision.orders
-        self.reasons += decision.reasons
-
-    def _note(self, saved: object) -> None:
-        if isinstance(saved, Task):
-            if saved.status in TERMINAL:
-                self.ended[saved.task_id] = (saved, None)
-            elif saved.status is Status.QUEUED and saved.attempt:
-                self.requeued.append(saved)
-        elif isinstance(saved, TaskResult):
-            self.ended[saved.task_id] = (self.ended[saved.task_id][0], saved)
-
-    def count_ended(self) -> None:
-        """Add this batch's ended tasks to the measured history, in the same transaction."""
-        if self.ended:
-            pairs: Iterable[tuple[Task, int]] = (
-                (task, result.tokens_generated if result is not None else 0)
-                for task, result in self.ended.values()
-            )
-            self.take(meter.ended(self._snapshot, self.now, pairs))
+def _ambiguous(why: str) -> Unavailable:
+    return Unavailable(f"{why}; it is not known whether this was done", code="ambiguous", retry_after_s=1.0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import Any
 
 from peer.executor import Executor
@@ -51,20 +51,19 @@ class LocalCluster:
         # Subscribed before the task is read, so that an end in between is not missed.
         async with self._streams.subscribe(task_id) as items:
             view: TaskView = await self._leader.call(GetTask(task_id=task_id))
-            if view.task.status in TERMINAL:
-                yield _finished(view)
-            else:
-                yield self._live(task_id, items)
+            over = view.task.status in TERMINAL
+            async with aclosing(_finished(view) if over else self._live(task_id, items)) as all_items:
+                yield all_items
 
     async def _live(
         self, task_id: str, items: AsyncIterator[StreamToken | StreamRestart]
-    ) -> AsyncIterator[StreamItem]:
+    ) -> AsyncGenerator[StreamItem, None]:
         async for item in items:
             yield item
         yield StreamEnd(view=await self._leader.call(GetTask(task_id=task_id)))
 
 
-async def _finished(view: TaskView) -> AsyncIterator[StreamItem]:
+async def _finished(view: TaskView) -> AsyncGenerator[StreamItem, None]:
     """A finished task's text in one piece."""
     result = view.result
     if result is not None:

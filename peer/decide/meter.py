@@ -12,6 +12,7 @@ from types import MappingProxyType
 from msgspec.structs import replace as changed
 
 from peer.decide.decision import Decision
+from peer.decide.workers import silent
 from peer.limits import METRIC_HOURS_KEPT, METRIC_MINUTES_KEPT, METRIC_SECONDS_KEPT
 from peer.state.history import History
 from peer.state.metric import (
@@ -66,6 +67,8 @@ def sample_gauges(snapshot: Snapshot, now: float) -> Decision:
     """One sample of utilisation and memory over all devices that report; once a second."""
     utilizations, used, total, ours = [], 0, 0, 0
     for worker_id, report in snapshot.reports.items():
+        if silent(snapshot, worker_id, now):
+            continue
         telemetry = report.telemetry
         if telemetry.utilization_percent is not None:
             utilizations.append(telemetry.utilization_percent)
@@ -108,9 +111,7 @@ def roll_up(snapshot: Snapshot, now: float) -> Decision:
         for start in list(snapshot.history.starts(resolution)):
             if start >= now - kept_s:
                 break
-            bucket_or_none = snapshot.history.get(resolution, start)
-            if bucket_or_none is not None:
-                decision.changes.append(Drop(bucket_or_none))
+            decision.changes.append(Drop(Bucket(resolution=resolution, start=start)))
     return decision
 
 
@@ -123,6 +124,8 @@ def metrics(snapshot: Snapshot, timeframe: str, now: float) -> Metrics:
     start = int(now) - span_s
     buckets = _since(snapshot.history, resolution, start, now)
     whole = merge(buckets, resolution, start)
+    # Seconds in which no task ended are on disk only as part of their minute.
+    gauges = merge(_since(snapshot.history, "1m", start, now), "1m", start) if resolution == "1s" else whole
     total = whole.total
     ended_count = total.completed + total.failed
     return Metrics(
@@ -133,9 +136,9 @@ def metrics(snapshot: Snapshot, timeframe: str, now: float) -> Metrics:
         success_rate_percent=100 * total.completed / ended_count if ended_count else None,
         average_response_s=total.response_s / total.completed if total.completed else None,
         peak_tasks_per_minute=_peak_per_minute(snapshot.history, resolution, start, now),
-        utilization=whole.utilization,
-        memory=whole.memory,
-        useful_memory=whole.useful_memory,
+        utilization=gauges.utilization,
+        memory=gauges.memory,
+        useful_memory=gauges.useful_memory,
     )
 
 

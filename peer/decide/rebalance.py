@@ -25,7 +25,7 @@ from peer.decide.workers import (
     usable,
 )
 from peer.errors import Conflict
-from peer.limits import MOVES_MAX
+from peer.limits import MOVES_MAX, WORKER_SILENT_S
 from peer.state.command import Rebalance
 from peer.state.model import ReplicaState
 from peer.state.plan import Move, Plan
@@ -243,6 +243,8 @@ def advance(snapshot: Snapshot, now: float) -> Decision:
 
 def _step(snapshot: Snapshot, now: float, move: Move, decision: Decision) -> Move:
     source, target = move.from_worker or "", move.to_worker or ""
+    if not {source, target} <= snapshot.reports.keys() and now - snapshot.started_at < WORKER_SILENT_S:
+        return move  # a new leader waits for the first reports
     replica = snapshot.replicas.get(target, {}).get(move.model)
     started_at = move.started_at if move.started_at is not None else now
     if now - started_at > _MOVE_S_MAX:

@@ -20,15 +20,18 @@ from peer.state.order import (
     StopAttempt,
     WorkerReported,
 )
-from peer.state.snapshot import Downtime, Foresee, Heard, Pace, Save, Snapshot
-from peer.state.task import Happening, Status, Task, TaskResult, step
+from peer.state.snapshot import Downtime, Foresee, Heard, Pace, Pause, Save, Snapshot
+from peer.state.task import Happening, Status, Task, TaskResult, run_s, step
 from peer.state.worker import Worker, WorkerReport
 
 _LOAD_FORESEEN_S = 5.0  # an order to load shows in a report by then, or was lost
 _UNLOAD_FORESEEN_S = 30.0
 _RETRY_FORESEEN_S = 2.0  # the failure before it may still be reported for so long
 # Ends of an attempt for which neither the task nor an engine is to blame.
-_NOT_A_STRIKE = frozenset({"worker_unavailable", "unloaded", "engine_restarted", "peer_stopping"})
+_NOT_A_STRIKE = frozenset(
+    {"worker_unavailable", "model_not_loaded", "unloaded", "engine_restarted", "peer_stopping"}
+)
+_WAS_LOADED = frozenset({ReplicaState.READY, ReplicaState.DRAINING, ReplicaState.UNLOADING})
 
 
 def report(snapshot: Snapshot, now: float, message: Report) -> Decision:
@@ -36,7 +39,7 @@ def report(snapshot: Snapshot, now: float, message: Report) -> Decision:
         case WorkerReported(report=worker_report):
             return heard(snapshot, now, worker_report)
         case AttemptStarted():
-            return _started(snapshot, message)
+            return _started(snapshot, now, message)
         case AttemptFinished():
             return _finished(snapshot, now, message)
         case AttemptFailed():
@@ -45,7 +48,7 @@ def report(snapshot: Snapshot, now: float, message: Report) -> Decision:
             return _loaded(message)
         case AlertRaised():
             return _alert(message)
-        case EngineStarted(worker_id=worker_id, downtime_s=downtime_s):
+        case EngineStarted(worker_id=worker_id, downtime_s=downtime_s):  # pragma: no branch - the last kind
             return Decision(changes=[Downtime(worker_id, downtime_s)])
 
 
@@ -62,13 +65,14 @@ def _live(snapshot: Snapshot, message: AttemptStarted | AttemptFinished | Attemp
     return task
 
 
-def _started(snapshot: Snapshot, message: AttemptStarted) -> Decision:
+def _started(snapshot: Snapshot, now: float, message: AttemptStarted) -> Decision:
     task = _live(snapshot, message)
     if task is None:
         return _refuse(snapshot, message)
     if task.status is Status.RUNNING:
         return Decision()
-    running = changed(task, status=step(task.status, Happening.START), started_at=message.at)
+    started_at = min(now, max(message.at, task.assigned_at or now))  # another host's clock may be off
+    running = changed(task, status=step(task.status, Happening.START), started_at=started_at)
     # Not durable on its own: a lost start is found again as a lost attempt, and each start would cost an fsync.
     return Decision(changes=[Save(running, durable=False)])
 
@@ -97,14 +101,14 @@ def _finished(snapshot: Snapshot, now: float, message: AttemptFinished) -> Decis
         first_token_s=message.first_token_s,
         stand_in=message.stand_in,
     )
-    run_s = now - (started_at or now)
-    decision = Decision(changes=[Save(done), Save(result), Pace(task.model_name, run_s)])
+    took_s = run_s(done) or 0.0
+    decision = Decision(changes=[Save(done), Save(result), Pace(task.model_name, took_s)])
     decision.event(
         "task_completed",
         task_id=task.task_id,
         worker_id=message.worker_id,
         model_name=task.model_name,
-        duration_s=now - task.created_at,
+        duration_s=took_s,
         success=True,
     )
     _forget(snapshot, message, decision)
@@ -118,6 +122,7 @@ def _failed(snapshot: Snapshot, now: float, message: AttemptFailed) -> Decision:
     if message.retryable:
         strike = message.code not in _NOT_A_STRIKE
         decision = requeue(snapshot, now, task, message.code, message.message, strike=strike)
+        decision.changes.append(Pause(message.worker_id))
     else:
         decision = fail(snapshot, now, task, message.code, message.message)
     _forget(snapshot, message, decision)
@@ -171,8 +176,9 @@ def heard(snapshot: Snapshot, now: float, worker_report: WorkerReport) -> Decisi
     merged = _merge(snapshot, now, worker_report, before)
     for replica in merged.values():
         _replica_events(before.get(replica.model_name), replica, decision)
-    for model_name in before.keys() - merged.keys():
-        decision.event("model_unloaded", model_name=model_name, worker_id=worker_id)
+    for model_name, replica in before.items():
+        if model_name not in merged and replica.state in _WAS_LOADED:
+            decision.event("model_unloaded", model_name=model_name, worker_id=worker_id)
     decision.changes.append(Heard(worker_report, tuple(merged.values()), now))
     return decision
 
@@ -186,15 +192,12 @@ def _merge(
         merged[replica.model_name] = _count_failure(now, before.get(replica.model_name), replica)
     for (worker_id, model_name), foreseen in snapshot.foreseen.items():
         if worker_id == worker_report.worker_id and _still_ahead(now, foreseen, merged.get(model_name)):
-            assert foreseen.replica is not None
             merged[model_name] = foreseen.replica
     return merged
 
 
 def _still_ahead(now: float, foreseen: Foresee, reported: Replica | None) -> bool:
     """Whether the order is newer than what the report says of this replica."""
-    if foreseen.replica is None:
-        return False
     age = now - foreseen.at
     if foreseen.replica.state is ReplicaState.UNLOADING:
         return reported is not None and age < _UNLOAD_FORESEEN_S

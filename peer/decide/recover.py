@@ -7,14 +7,15 @@ from msgspec.structs import replace as changed
 from peer.decide.admit import stop
 from peer.decide.decision import Decision
 from peer.decide.workers import status
-from peer.limits import ATTEMPTS_MAX, LOADS_FAILED_MAX
+from peer.limits import ATTEMPTS_MAX, BATCH_COMMANDS_MAX, LOADS_FAILED_MAX
 from peer.state.model import ReplicaState
 from peer.state.snapshot import Save, Shown, Snapshot
-from peer.state.task import Happening, Task, TaskError, step
+from peer.state.task import Happening, Task, TaskError, run_s, step
 
 _ATTEMPT_SHOWS_S = (
     3.0  # an attempt that its worker's report does not name so long after it was assigned is lost
 )
+_FAILED_MAX = 4 * BATCH_COMMANDS_MAX  # in one tick: a long queue whose time was up is no giant transaction
 
 
 def fail(snapshot: Snapshot, now: float, task: Task, code: str, message: str) -> Decision:
@@ -32,7 +33,7 @@ def fail(snapshot: Snapshot, now: float, task: Task, code: str, message: str) ->
         task_id=task.task_id,
         worker_id=task.worker_id,
         model_name=task.model_name,
-        duration_s=now - task.created_at,
+        duration_s=run_s(failed),
         success=False,
         code=code,
         message=message,
@@ -47,7 +48,12 @@ def requeue(snapshot: Snapshot, now: float, task: Task, code: str, because: str,
         message = f"{strikes} attempts were lost; the last one because {because}"
         return fail(snapshot, now, task, "attempts_exhausted", message)
     queued = changed(
-        task, status=step(task.status, Happening.REQUEUE), strikes=strikes, requeued_because=because
+        task,
+        status=step(task.status, Happening.REQUEUE),
+        strikes=strikes,
+        assigned_at=None,
+        started_at=None,
+        requeued_because=because,
     )
     decision = Decision(changes=[Save(queued)], reasons=[f"{task.task_id} re-queued: {because}"])
     stop(snapshot, task, decision)
@@ -63,9 +69,9 @@ def requeue(snapshot: Snapshot, now: float, task: Task, code: str, because: str,
 
 
 def time_out(snapshot: Snapshot, now: float) -> Decision:
-    """Fail every live task whose deadline has passed."""
+    """Fail live tasks whose deadline has passed, those that are longest overdue first."""
     decision = Decision()
-    for deadline, task_id in snapshot.deadlines:
+    for deadline, task_id in snapshot.deadlines[:_FAILED_MAX]:
         if deadline > now:
             break
         task = snapshot.tasks[task_id]
@@ -106,7 +112,7 @@ def hopeless(snapshot: Snapshot, now: float) -> Decision:
             continue
         last = replicas[-1]
         message = f"{model_name} cannot be loaded: {last.error}"
-        for _, task_id in queue:
+        for _, task_id in queue[:_FAILED_MAX]:
             decision.add(fail(snapshot, now, snapshot.tasks[task_id], "model_unavailable", message))
     return decision
 

@@ -13,25 +13,22 @@ from peer.state.task import Task
 _PLANS_KEPT = 50
 
 
-def excess(snapshot: Snapshot) -> int:
-    """How many finished tasks are beyond the number to keep, at most a batch."""
-    return min(RETENTION_BATCH, max(0, snapshot.finished - snapshot.policy.retention_count))
-
-
-def forget_tasks(snapshot: Snapshot, now: float, oldest: Sequence[Task]) -> Decision:
-    """`oldest`: finished tasks in order of ending, as many as may have to go."""
-    surplus = excess(snapshot)
+def due(snapshot: Snapshot, now: float, oldest: Sequence[tuple[float, str]]) -> list[str]:
+    """Which of the oldest finished tasks, each with its end and in that order, are too old or too many."""
+    surplus = snapshot.finished - snapshot.policy.retention_count
     horizon = now - snapshot.policy.retention_age_s
-    gone = [t for i, t in enumerate(oldest) if i < surplus or (t.completed_at or 0.0) < horizon]
-    return Decision(changes=[Drop(task) for task in gone])
+    return [task_id for i, (ended_at, task_id) in enumerate(oldest) if i < surplus or ended_at < horizon]
+
+
+def forget_tasks(tasks: Sequence[Task]) -> Decision:
+    """All that is stored of these finished tasks goes."""
+    return Decision(changes=[Drop(task) for task in tasks])
 
 
 def forget_events(snapshot: Snapshot) -> Decision:
-    """Keep the newest events; a batch at most goes at once."""
-    first, surplus = (
-        snapshot.events_from,
-        snapshot.events_next - snapshot.events_from - snapshot.policy.events_kept,
-    )
+    """Keep the newest events, one at least: the numbers go on from it. A batch at most goes at once."""
+    first = snapshot.events_from
+    surplus = snapshot.events_next - first - max(1, snapshot.policy.events_kept)
     ids = range(first, first + min(RETENTION_BATCH, max(0, surplus)))
     return Decision(changes=[Drop(Event(id=i, event="", timestamp=0.0, data={})) for i in ids])
 

@@ -144,9 +144,7 @@ def _measured(snapshot: Snapshot, now: float) -> dict[str, WorkerMetrics]:
     return {worker_id: worker_metrics(snapshot, worker_id, now) for worker_id in sorted(snapshot.workers)}
 
 
-def _worker(
-    snapshot: Snapshot, now: float, worker_id: str, measured: dict[str, WorkerMetrics]
-) -> WorkerView:
+def _worker(snapshot: Snapshot, now: float, worker_id: str, measured: dict[str, WorkerMetrics]) -> WorkerView:
     return WorkerView(
         worker=snapshot.workers[worker_id],
         status=status(snapshot, worker_id, now),

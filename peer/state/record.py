@@ -95,6 +95,12 @@ def list_prefix(status: str | None, worker_id: str | None) -> str:
     return "task/"
 
 
+def ended_at(key: str) -> tuple[float, str]:
+    """When the task of an `ended/` key ended, and its id."""
+    _, ms, ended_id = key.split("/")
+    return int(ms) / 1000, ended_id
+
+
 def index_keys(task: Task | None) -> frozenset[str]:
     """All index keys of a task; `ended/` is in order of ending, for retention."""
     if task is None:

@@ -48,11 +48,11 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class Foresee:
-    """What an order will make of a replica, until a report says it. None: it is gone."""
+    """What an order will make of a replica, until a report says it."""
 
     worker_id: str
     model_name: str
-    replica: Replica | None
+    replica: Replica
     at: float
 
 
@@ -63,6 +63,13 @@ class Drain:
     worker_id: str
     model_name: str
     wanted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """This worker takes no new attempt until its next report: what was known of it no longer holds."""
+
+    worker_id: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +96,7 @@ class Shown:
     status: str
 
 
-Change = Save | Drop | Heard | Foresee | Drain | Downtime | Pace | Shown
+Change = Save | Drop | Heard | Foresee | Drain | Pause | Downtime | Pace | Shown
 _PACE_WEIGHT = 0.1  # of the newest task in the moving average of run times
 StoreWrites = dict[str, bytes | None]  # key: value, or None to delete
 
@@ -129,6 +136,7 @@ class Snapshot:
     replicas: dict[str, dict[str, Replica]] = field(default_factory=dict)  # by worker, by model
     foreseen: dict[tuple[str, str], Foresee] = field(default_factory=dict)
     draining: dict[tuple[str, str], None] = field(default_factory=dict)
+    paused: dict[str, None] = field(default_factory=dict)  # workers, until they report
     downtime_s: dict[str, float] = field(default_factory=dict)
     run_s: dict[str, float] = field(default_factory=dict)  # by model, a moving average
     shown_status: dict[str, str] = field(default_factory=dict)  # by worker
@@ -156,28 +164,27 @@ class Snapshot:
             case Heard(report=report, replicas=replicas, at=at):
                 self.reports[report.worker_id] = report
                 self.heard_at[report.worker_id] = at
+                self.paused.pop(report.worker_id, None)
                 self.replicas[report.worker_id] = {replica.model_name: replica for replica in replicas}
                 for model_name in [m for w, m in self.foreseen if w == report.worker_id]:
                     if not _still_foreseen(self, report.worker_id, model_name):
                         del self.foreseen[report.worker_id, model_name]
             case Foresee(worker_id=worker_id, model_name=model_name, replica=replica):
                 self.foreseen[worker_id, model_name] = change
-                of_worker = self.replicas.setdefault(worker_id, {})
-                if replica is None:
-                    of_worker.pop(model_name, None)
-                else:
-                    of_worker[model_name] = replica
+                self.replicas.setdefault(worker_id, {})[model_name] = replica
             case Drain(worker_id=worker_id, model_name=model_name, wanted=wanted):
                 if wanted:
                     self.draining[worker_id, model_name] = None
                 else:
                     self.draining.pop((worker_id, model_name), None)
+            case Pause(worker_id=worker_id):
+                self.paused[worker_id] = None
             case Downtime(worker_id=worker_id, seconds=seconds):
                 self.downtime_s[worker_id] = seconds
             case Pace(model_name=model_name, run_s=run_s):
                 known = self.run_s.get(model_name, run_s)
                 self.run_s[model_name] = known + _PACE_WEIGHT * (run_s - known)
-            case Shown(worker_id=worker_id, status=status):
+            case Shown(worker_id=worker_id, status=status):  # pragma: no branch - there is no other
                 self.shown_status[worker_id] = status
         return {}
 
@@ -267,8 +274,6 @@ class Snapshot:
                 self.history.drop(record)
             case Event():
                 self.events_from = max(self.events_from, record.id + 1)
-            case Worker():
-                self.workers.pop(record.worker_id, None)
             case _:
                 raise TypeError(f"a {type(record).__name__} is never dropped")
         return writes
@@ -283,4 +288,4 @@ class Snapshot:
 def _still_foreseen(snapshot: Snapshot, worker_id: str, model_name: str) -> bool:
     """Whether the merged replicas still show what was foreseen rather than what was reported."""
     foreseen = snapshot.foreseen[worker_id, model_name].replica
-    return snapshot.replicas[worker_id].get(model_name) is foreseen and foreseen is not None
+    return snapshot.replicas[worker_id].get(model_name) is foreseen

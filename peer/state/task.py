@@ -124,6 +124,13 @@ class Task(Record, frozen=True):
     requeued_because: str = ""  # of the last attempt that did not finish
 
 
+def run_s(task: Task) -> float | None:
+    """From the start of the last attempt to the end; None if it never started or has not ended."""
+    if task.started_at is None or task.completed_at is None:
+        return None
+    return max(0.0, task.completed_at - task.started_at)
+
+
 class TaskInput(Record, frozen=True):
     """A task's validated parameters."""
 
