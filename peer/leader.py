@@ -438,6 +438,8 @@ class Leader:
             log.exception("report_failed", report=type(message).__name__)
         else:
             work.take(decision)
+            if isinstance(message, WorkerReported):  # a restart may be over before the next tick
+                work.take(recover.announce(self._snapshot, work.now))
 
     def _decide_tick(self, work: Batch) -> None:
         snapshot, now = self._snapshot, work.now
