@@ -27,7 +27,7 @@ from peer.ports import Clock, Delete, Entropy, Link, Put, Store, Write
 from peer.state import command as asks
 from peer.state.key import ApiKey
 from peer.state.model import Model
-from peer.state.order import AttemptFinished, Order, Report
+from peer.state.order import AttemptFinished, Order, Report, WorkerReported
 from peer.state.plan import Plan
 from peer.state.record import decode, ended_at, idempotency_key, list_prefix, prefix_end, task_id
 from peer.state.snapshot import Policy, Snapshot, StoreWrites
