@@ -52,6 +52,7 @@ def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: P
     check_memory(load.model, need, limit, memory_available(name))
     progress(LoadProgress(model=load.model, stage="read", done=header.file_size, total=header.file_size))
     graphs: GraphedModel | None = None
+    gc.disable()  # building graphs makes millions of objects that live: collecting them took a fifth of the load
     try:
         with Weights(header, _uploads(load.model, progress)) as weights:
             model = llama.Llama(
@@ -72,6 +73,8 @@ def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: P
             graphs.free()
         text = f"{load.model} did not fit after all ({error}): {need} bytes were expected to be enough"
         raise LoadError("out_of_memory", text) from None
+    finally:
+        gc.enable()
     loaded = Loaded(
         model=load.model,
         memory_bytes=memory_used() - before,
