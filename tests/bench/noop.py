@@ -64,7 +64,7 @@ class Race:
         try:
             outcome = contender.round(self.options.seconds)
         except Missing as error:
-            self.missing[contender.name] = str(error)
+            self.missing[contender.name] = f"{error}\n{contender.died()}".strip()
             return
         self.cpu_ms[contender.name].append((cpu_s(processes) - before) * 1e3 / max(1, outcome.total))
         self.rounds[contender.name].append(outcome)
@@ -112,7 +112,11 @@ def measure(options: Options) -> Result:
 
 
 def _note(race: Race, *names: str) -> str:
-    return "; ".join(f"{name} missing: {race.missing[name]}" for name in names if name in race.missing)
+    def say(name: str) -> str:
+        rounds = len(race.rounds[name])
+        return f"{name} stopped after {rounds} rounds" if rounds else f"{name} missing"
+
+    return "; ".join(f"{say(name)}: {race.missing[name]}" for name in names if name in race.missing)
 
 
 def _row(race: Race, name: str, goal: str, remark: str) -> Row:

@@ -10,6 +10,7 @@ from typing import Any
 from tests.bench.load import Outcome
 
 NOTE_CHARS = 160
+REPEATS = 2
 QUIET = 0.10  # share of all cores that others may take in a round that counts
 
 
@@ -67,10 +68,10 @@ def steady(outcomes: Sequence[Outcome]) -> list[Outcome]:
 
 
 def enough(rounds: Mapping[str, Sequence[Outcome]], done: int, options: Options) -> bool:
-    """Whether to stop after `done` rounds: noisy ones are repeated, at most as many again."""
+    """Whether to stop after `done` rounds: noisy ones are repeated, at most REPEATS times."""
     if done < options.rounds:
         return False
-    if options.quick or done >= 2 * options.rounds:
+    if options.quick or done >= options.rounds + REPEATS:
         return True
     wanted = min(2, options.rounds)
     return all(sum(one.foreign <= QUIET for one in every) >= wanted for every in rounds.values())

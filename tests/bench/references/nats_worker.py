@@ -1,6 +1,7 @@
 """A JetStream worker: takes tasks from a work queue, stores results in a second stream, then acknowledges.
 
 `nats_worker.py PORT`. Both streams are on disk; the server fsyncs each write (sync_interval: always).
+A task that crosses a fetch's end on its way is lost to it and comes again after `ack_wait`.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ async def main() -> None:
         await message.ack()
 
     subscription = await jet.pull_subscribe(
-        "tasks.*", durable="worker", config=ConsumerConfig(max_ack_pending=1000)
+        "tasks.*", durable="worker", config=ConsumerConfig(max_ack_pending=1000, ack_wait=2)
     )
     print("ready", flush=True)
     running: set[asyncio.Task[None]] = set()
     while True:
         try:
             messages = await subscription.fetch(BATCH, timeout=5)
-        except nats.errors.TimeoutError:
+        except TimeoutError:  # nats-py raises its own kind of it, or the plain one
             continue
         for message in messages:
             task = asyncio.create_task(work(message))
