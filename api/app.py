@@ -15,7 +15,6 @@ from api import events_ws, health, keys, models, openapi, stream, tasks, workers
 from api.auth import Authenticator, Tickets
 from api.http import HttpConnection, Router, rate_limited
 from api.ratelimit import RateLimiter
-from peer import limits
 from peer.config import Config
 from peer.errors import NotFound
 from peer.ports import Clock, Cluster
@@ -58,13 +57,8 @@ class Api:
         self.log: Any = structlog.get_logger("bitinglip.api").bind()
 
     def limits_of(self, key: ApiKey) -> tuple[int | None, int | None]:
-        """Requests per hour and per minute; a key with the documented defaults follows the configuration."""
-        configured = self.config.limits
-        hour, minute = key.requests_per_hour, key.requests_per_minute
-        return (
-            configured.requests_per_hour if hour == limits.REQUESTS_PER_HOUR else hour,
-            configured.requests_per_minute if minute == limits.REQUESTS_PER_MINUTE else minute,
-        )
+        """Requests per hour and per minute that hold for this key now; None: no limit."""
+        return self.config.limits.of(key)
 
     def limit(self, key: ApiKey, headers: list[tuple[bytes, bytes]]) -> None:
         """Count a request of the key and say in `headers` how much is left. Raises RateLimited."""

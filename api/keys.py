@@ -20,7 +20,11 @@ _decode_create = BodyDecoder(schemas.CreateKey)
 
 
 def view(call: Call, key: ApiKey) -> schemas.Key:
-    per_hour, per_minute = call.api.limits_of(key)
+    return shown(key, *call.api.limits_of(key))
+
+
+def shown(key: ApiKey, per_hour: int | None, per_minute: int | None) -> schemas.Key:
+    """A key with the limits that hold for it."""
     return schemas.Key(
         key_id=key.key_id,
         owner=key.owner,

@@ -12,6 +12,7 @@ import msgspec
 
 from peer import limits
 from peer.limits import DRAIN_S_MAX
+from peer.state.key import ApiKey
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -66,6 +67,14 @@ class Limits(Section, frozen=True):
     requests_per_minute: int = limits.REQUESTS_PER_MINUTE
     websockets_per_client: int = limits.WEBSOCKETS_PER_CLIENT
     queue_tasks_max: int = limits.QUEUE_TASKS_MAX
+
+    def of(self, key: ApiKey) -> tuple[int | None, int | None]:
+        """Requests per hour and per minute that hold for a key; None: no limit."""
+        hour, minute = key.requests_per_hour, key.requests_per_minute
+        return (
+            self.requests_per_hour if hour == "default" else hour,
+            self.requests_per_minute if minute == "default" else minute,
+        )
 
 
 class Retention(Section, frozen=True):

@@ -190,7 +190,7 @@ def _create_offline(
 
     if not 1 <= len(owner) <= limits.NAME_CHARS_MAX or not owner.isprintable():
         raise CliError(f"--owner: expected 1 to {limits.NAME_CHARS_MAX} printable characters", Exit.USAGE)
-    per_hour, per_minute = limits_ or (limits.REQUESTS_PER_HOUR, limits.REQUESTS_PER_MINUTE)
+    rates: tuple[keys.RateLimit, keys.RateLimit] = limits_ or ("default", "default")
     secret = secrets.token_hex(32)
     made = ApiKey(
         key_id=secrets.token_hex(6),
@@ -199,8 +199,8 @@ def _create_offline(
         secret_sha256=keys.digest(secret),
         created_at=time.time(),
         expires_at=expires_at,
-        requests_per_hour=per_hour,
-        requests_per_minute=per_minute,
+        requests_per_hour=rates[0],
+        requests_per_minute=rates[1],
     )
     _offline(create_key, directory, made)
     return {**_view(made), "key": keys.token(made.key_id, secret)}
@@ -223,23 +223,14 @@ def _offline(work: Callable[..., Awaitable[Any]], *arguments: Any) -> Any:
 
 
 def _view(item: ApiKey) -> dict[str, Any]:
-    """As the API shows a key."""
+    """As the API shows a key; default limits are the documented ones, for no configuration is read here."""
     import msgspec
 
-    from api import format, schemas
+    from api.keys import shown
+    from peer.config import Limits
 
-    view: dict[str, Any] = msgspec.to_builtins(
-        schemas.Key(
-            key_id=item.key_id,
-            owner=item.owner,
-            scopes=item.scopes,
-            created_at=format.timestamp(item.created_at),
-            expires_at=format.timestamp_or_none(item.expires_at),
-            revoked_at=format.timestamp_or_none(item.revoked_at),
-            requests_per_hour=item.requests_per_hour,
-            requests_per_minute=item.requests_per_minute,
-        )
-    )
+    per_hour, per_minute = Limits().of(item)
+    view: dict[str, Any] = msgspec.to_builtins(shown(item, per_hour, per_minute))
     return view
 
 

@@ -11,6 +11,7 @@ from peer.state.base import Record
 Scope = Literal["read", "submit", "operate", "admin"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 PREFIX = "blk"
+RateLimit = int | Literal["default"] | None  # "default": as the configuration says; None: no limit
 
 
 class ApiKey(Record, frozen=True):
@@ -23,8 +24,8 @@ class ApiKey(Record, frozen=True):
     created_at: float
     expires_at: float | None = None
     revoked_at: float | None = None
-    requests_per_hour: int | None = 1_000  # None: no limit
-    requests_per_minute: int | None = 100
+    requests_per_hour: RateLimit = "default"
+    requests_per_minute: RateLimit = "default"
 
     def allows(self, scope: str) -> bool:
         """`admin` includes every scope, `operate` and `submit` include `read`."""
