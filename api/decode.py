@@ -13,6 +13,8 @@ from peer.errors import BadRequest
 T = TypeVar("T")
 
 _PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
+_INTEGRAL = re.compile(rb"[0-9](?:\.0|[eE])")
+_EXACT = 2**53  # beyond it a float says nothing of the last digits
 _NAMED = re.compile(r"field `(?P<name>[^`]*)`")
 
 
@@ -31,10 +33,19 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _keys = json.JSONDecoder(object_pairs_hook=_unique, parse_float=str, parse_int=str)
 
 
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() and abs(value) < _EXACT else value
+
+
+_plain = msgspec.json.Decoder(float_hook=_number)
+
+
 class BodyDecoder(Generic[T]):
     """Decodes bodies of one type."""
 
     def __init__(self, type_: type[T]) -> None:
+        self._type = type_
         self._decode = msgspec.json.Decoder(type_).decode
 
     def __call__(self, body: bytes) -> T:
@@ -42,7 +53,7 @@ class BodyDecoder(Generic[T]):
         if not body:
             raise BadRequest("A JSON body is needed", code="missing_body")
         try:
-            value = self._decode(body)
+            value = self._value(body)
             _keys.decode(body.decode())
         except msgspec.ValidationError as error:
             raise _invalid(str(error)) from None
@@ -54,6 +65,18 @@ class BodyDecoder(Generic[T]):
         except RecursionError:
             raise BadRequest("The body is nested too deeply", code="invalid_json") from None
         return value
+
+    def _value(self, body: bytes) -> T:
+        """In JSON 512.0 is an integer too; msgspec takes it for none. What is wrong still is told as it was sent."""
+        try:
+            return self._decode(body)
+        except msgspec.ValidationError as error:
+            if _INTEGRAL.search(body) is None:
+                raise
+            try:
+                return msgspec.convert(_plain.decode(body), self._type)
+            except (msgspec.ValidationError, RecursionError):
+                raise error from None
 
 
 def _reason(error: Exception) -> str:
