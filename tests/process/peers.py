@@ -208,6 +208,14 @@ class Peer:
         lines = [json.loads(line) for line in self.log().splitlines() if line.startswith("{")]
         return [line for line in lines if line.get("event") == event]
 
+    def orphans(self) -> list[int]:
+        """Engines of earlier lives that still run."""
+        logs = [self.home / f"log.{life}" for life in range(1, self.life)]
+        lines = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+        started = [json.loads(line) for line in lines if line.startswith("{") and "engine_started" in line]
+        ours = self.engine_pids()
+        return [line["pid"] for line in started if is_engine(line["pid"]) and line["pid"] not in ours]
+
     def engine_pids(self) -> list[int]:
         """The engines that run now, by the peer's children and by its log."""
         named = {int(line["pid"]) for line in self.log_lines("engine_started")}

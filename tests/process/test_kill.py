@@ -133,6 +133,7 @@ def test_kill_9_breaks_no_promise(peers: Peers) -> None:
         for thread in threads:
             thread.join(30.0)
     assert not promises.broken, promises.broken
+    assert not peer.orphans()
 
     poll(
         "every task ends",

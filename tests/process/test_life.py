@@ -14,8 +14,6 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.contracts.sqlite_child import FAIL_FILE_ENV
-from tests.contracts.test_sqlite_store import FAILING_FSYNC
 from tests.process.peers import Peer, Peers, is_engine, poll, submission
 
 pytestmark = pytest.mark.process
@@ -25,6 +23,21 @@ LONG = " ".join(["word"] * 600)
 AT_ONCE_S = 6.0  # an engine may take ENGINE_STOP_S_MAX, open connections GRACE_S
 NOT_ZERO_BUT = {"usage": 2, "conflict": 6}
 FLAG_ENV = "FSYNC_FAILS_WHILE"  # the product refuses variables with its own prefix that it does not know
+FAILING_FSYNC = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <stdlib.h>
+#include <unistd.h>
+static int fails(void) {
+  const char *file = getenv("FSYNC_FAILS_WHILE");
+  if (!file || access(file, F_OK)) return 0;
+  errno = EIO;
+  return 1;
+}
+int fsync(int fd) { return fails() ? -1 : ((int (*)(int))dlsym(RTLD_NEXT, "fsync"))(fd); }
+int fdatasync(int fd) { return fails() ? -1 : ((int (*)(int))dlsym(RTLD_NEXT, "fdatasync"))(fd); }
+"""
 
 
 def refused_start(peer: Peer) -> tuple[int, str]:
@@ -160,7 +173,7 @@ def failing_fsync(tmp_path: Path) -> tuple[dict[str, str], Path]:
     if compiler is None:
         pytest.skip("no C compiler: an fsync that fails is made with a preloaded library")
     source, library, flag = tmp_path / "fsync.c", tmp_path / "fsync.so", tmp_path / "fail"
-    source.write_text(FAILING_FSYNC.replace(FAIL_FILE_ENV, FLAG_ENV))
+    source.write_text(FAILING_FSYNC)
     subprocess.run([compiler, "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
     return {"LD_PRELOAD": str(library), FLAG_ENV: str(flag)}, flag
 
