@@ -48,8 +48,15 @@ class Api:
         self.sockets: Counter[str] = Counter()  # open WebSockets by key
         self.streams = 0
         self.stopping = trio.Event()
+        self.waiting: dict[trio.CancelScope, None] = {}  # requests that wait for something to happen
         self.openapi = b""  # made when it is first asked for
         self.reload(config)
+
+    def stop(self) -> None:
+        """Let whatever waits end, now and from now on."""
+        self.stopping.set()
+        for scope in self.waiting:
+            scope.cancel()
 
     def reload(self, config: Config) -> None:
         """Take over what can change while serving: limits, and the level of the log."""

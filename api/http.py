@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 # every route can answer with these; others are named by the route
 COMMON_ERRORS = (400, 401, 429, 500, 503)
 
+T = TypeVar("T")
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
 
@@ -48,6 +49,7 @@ BODY_S_MAX = 30.0  # from the request's head to the end of its body
 DRAIN_S_MAX = 2.0  # a refused body is read on for so long, so that the client gets to read the answer
 DRAIN_BYTES_MAX = 16 * 1024 * 1024
 
+LEAVING = "bitinglip.leaving"  # the server's ASGI extension that holds a request's Leaving
 JSON = (b"content-type", b"application/json")
 NO_STORE = (b"cache-control", b"no-store")
 
@@ -59,11 +61,31 @@ class Reply(msgspec.Struct):
     content_type: bytes = b"application/json"
 
 
+class Leaving:
+    """Tells whoever waits for a client that it has gone: a callback costs far less than a task that watches."""
+
+    def __init__(self) -> None:
+        self._gone = False
+        self._scope: trio.CancelScope | None = None
+
+    def now(self) -> None:
+        self._gone = True
+        if self._scope is not None:
+            self._scope.cancel()
+
+    def cancels(self, scope: trio.CancelScope | None) -> None:
+        """From now on this scope is cancelled when the client goes, at once if it has gone."""
+        self._scope = scope
+        if scope is not None and self._gone:
+            scope.cancel()
+
+
 class Call:
     """One request, as its handler sees it. `key` is None only where the route needs none."""
 
-    def __init__(self, api: Api, receive: Receive, send: Send) -> None:
+    def __init__(self, api: Api, receive: Receive, send: Send, leaving: Leaving) -> None:
         self.api = api
+        self._leaving = leaving
         self._receive = receive
         self._send = send
         self.route: Route
@@ -82,34 +104,20 @@ class Call:
         assert self.key is not None
         return self.key
 
-    async def disconnected(self) -> None:
-        """Returns when the client has gone."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-
-    async def unless_gone(self, work: Callable[[], Awaitable[Any]]) -> Any:
+    async def unless_gone(self, work: Callable[[], Awaitable[T]]) -> T:
         """The result of `work`, which is cancelled when the client goes or the peer stops.
 
         Raises ClientGone, or Unavailable when the peer stops.
         """
-        result: list[Any] = []
-        if self.api.stopping.is_set():
-            raise Unavailable("The peer is stopping", retry_after_s=2.0)
-        async with trio.open_nursery() as nursery:
-
-            async def run() -> None:
-                result.append(await work())
-                nursery.cancel_scope.cancel()
-
-            async def watch(wait: Callable[[], Awaitable[None]]) -> None:
-                await wait()
-                nursery.cancel_scope.cancel()
-
-            nursery.start_soon(run)
-            nursery.start_soon(watch, self.disconnected)
-            nursery.start_soon(watch, self.api.stopping.wait)
-        if result:
-            return result[0]
+        with trio.CancelScope() as scope:
+            self._leaving.cancels(scope)
+            self.api.waiting[scope] = None
+            try:
+                if not self.api.stopping.is_set():
+                    return await work()
+            finally:
+                del self.api.waiting[scope]
+                self._leaving.cancels(None)
         if self.api.stopping.is_set():
             raise Unavailable("The peer is stopping", retry_after_s=2.0)
         raise ClientGone
@@ -267,7 +275,7 @@ class HttpConnection:
 
     async def __call__(self, receive: Receive, send: Send) -> None:
         api, scope = self.api, self.scope
-        call = Call(api, receive, send)
+        call = Call(api, receive, send, scope["extensions"][LEAVING])
         extra: list[tuple[bytes, bytes]] = []
         began = api.clock.now()
         try:

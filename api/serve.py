@@ -109,7 +109,7 @@ class Server:
     async def stop(self) -> None:
         """Returns within GRACE_S; no connection can send or receive after."""
         self.stopping = True
-        self.app.api.stopping.set()
+        self.app.api.stop()
         await self.context.terminated.set()
         if self.connections:
             for connection in tuple(self.connections):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from typing import Annotated, Any, Literal
 
@@ -175,10 +176,8 @@ async def submit(call: Call) -> Reply:
     view = submitted.view
     task_id = view.task.task_id
     if wait_s and view.task.status not in TERMINAL:
-        try:
+        with contextlib.suppress(Unavailable):  # the peer stops; the task is accepted all the same
             view = await _wait(call, task_id, wait_s)
-        except* Unavailable:
-            pass  # it is accepted all the same: the answer says so
     headers = [(b"location", b"/tasks/" + task_id.encode("ascii"))]
     if submitted.replayed:
         headers.append((b"idempotency-replayed", b"true"))
@@ -186,11 +185,8 @@ async def submit(call: Call) -> Reply:
 
 
 async def _wait(call: Call, task_id: str, wait_s: float) -> command.TaskView:
-    async def ask() -> command.TaskView:
-        view: command.TaskView = await call.api.cluster.call(command.GetTask(task_id=task_id, wait_s=wait_s))
-        return view
-
-    view: command.TaskView = await call.unless_gone(ask)
+    query = command.GetTask(task_id=task_id, wait_s=wait_s)
+    view: command.TaskView = await call.unless_gone(lambda: call.api.cluster.call(query))
     return view
 
 

@@ -34,7 +34,7 @@ from wsproto.events import CloseConnection, Message, Ping
 from wsproto.utilities import RemoteProtocolError
 
 from api import errors
-from api.http import new_request_id
+from api.http import LEAVING, Leaving, new_request_id
 from peer.errors import BadRequest, BitinglipError, Overloaded
 from peer.ports import Clock
 
@@ -66,9 +66,12 @@ class Mailbox:
         self._readers = trio.lowlevel.ParkingLot()
         self._writers = trio.lowlevel.ParkingLot()
         self._finished = False
+        self.leaving = Leaving()
 
     async def put(self, message: Mapping[str, Any]) -> None:
         leaving = message["type"].endswith(".disconnect")
+        if leaving:
+            self.leaving.now()
         while len(self._messages) >= MAILBOX_MAX and not leaving and not self._finished:
             await self._writers.park()
         if not self._finished:
@@ -97,6 +100,7 @@ class Applications:
 
     async def spawn_app(self, app: Any, config: Any, scope: Any, send: Any) -> Any:
         mailbox = Mailbox()
+        scope["extensions"] = {**scope.get("extensions", {}), LEAVING: mailbox.leaving}
         self._nursery.start_soon(self._run, app, scope, mailbox, send)
         return mailbox.put
 

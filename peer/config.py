@@ -50,7 +50,7 @@ class Engine(Section, frozen=True):
     """`devices`: "auto" (every AMD GPU, an error if there is none), "AMD", "AMD:0,2", "CPU", "fake:2", ..."""
 
     devices: tuple[str, ...] = ("auto",)
-    slots: int = 8
+    slots: int = 64
     memory_limit_bytes: int = 0  # 0: the device's own
     memory_reserve_bytes: int = 256 * 1024 * 1024  # of each device, kept free
     fake: FakeDevice = FakeDevice()

@@ -322,7 +322,7 @@ def test_a_client_that_vanishes(server: RunningServer) -> None:
 
 
 def test_the_peer_stops(server: RunningServer, connection: ClientConnection) -> None:
-    server.do(server.app.api.stopping.set)
+    server.do(server.app.api.stop)
     assert closing(connection)[0] == 1001
 
 

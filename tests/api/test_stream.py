@@ -104,7 +104,7 @@ def test_the_peer_stops(client: httpx.Client, server: RunningServer, task_id: st
     with client.stream("GET", f"/tasks/{task_id}/stream") as answer:
         coming = events(answer.iter_lines())
         next(coming)
-        server.do(server.app.api.stopping.set)
+        server.do(server.app.api.stop)
         assert next(coming)[0] == "error"
 
 
