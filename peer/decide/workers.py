@@ -111,10 +111,10 @@ def memory(snapshot: Snapshot, worker_id: str, *, without: frozenset[str] = froz
     """The worker's memory, as if the models in `without` were already unloaded."""
     report = snapshot.reports[worker_id]
     holding = [r for r in snapshot.replicas[worker_id].values() if r.state in HOLDS_MEMORY]
-    resident = sum(r.memory_bytes for r in holding if r.state is not ReplicaState.LOADING)
+    promised = sum(r.memory_bytes for r in holding)  # a part of what loads may be measured as used already
     return Memory(
         total=report.telemetry.memory_total_bytes,
         reserve=snapshot.policy.memory_reserve_bytes,
-        others=max(0, report.telemetry.memory_used_bytes - resident),
+        others=max(0, report.telemetry.memory_used_bytes - promised),
         ours=tuple((r.model_name, r.memory_bytes) for r in holding if r.model_name not in without),
     )
