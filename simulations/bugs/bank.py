@@ -1,0 +1,271 @@
+"""The bug bank: each defect replaces one decision (or what it leans on) with a plausible wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from msgspec.structs import replace as changed
+
+from peer.decide import place, rebalance, record, recover, schedule, workers
+from peer.decide.decision import Decision
+from peer.state.model import HOLDS_MEMORY, ReplicaState
+from peer.state.order import AttemptFinished, RunAttempt, StopAttempt
+from peer.state.snapshot import Drain, Save, Snapshot
+from peer.state.task import Status, Task, TaskResult
+from simulations.policy.shell import Decisions
+
+Switch = Callable[[Decisions], Any]
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _requeue_keeps_attempt(decisions: Decisions) -> None:
+    def wrong(snapshot: Snapshot, now: float) -> Decision:
+        decision = schedule.schedule(snapshot, now)
+        for i, change in enumerate(decision.changes):
+            if isinstance(change, Save) and isinstance(change.record, Task) and change.record.attempt > 1:
+                task = change.record
+                decision.changes[i] = Save(changed(task, attempt=task.attempt - 1))
+                decision.orders = [
+                    (peer, changed(order, attempt=order.attempt - 1))
+                    if isinstance(order, RunAttempt) and order.task_id == task.task_id
+                    else (peer, order)
+                    for peer, order in decision.orders
+                ]
+        return decision
+
+    decisions.schedule = wrong
+
+
+def _accepts_dead_results(decisions: Decisions) -> None:
+    def wrong(snapshot: Snapshot, now: float, message: Any) -> Decision:
+        if isinstance(message, AttemptFinished):
+            task = snapshot.tasks.get(message.task_id)
+            if task is not None and task.status is not Status.QUEUED:
+                task_worker = task.worker_id or ""
+                message = changed(message, attempt=task.attempt, worker_id=task_worker)
+        return record.report(snapshot, now, message)
+
+    decisions.report = wrong
+
+
+def _schedules_on_draining(decisions: Decisions) -> None:
+    def wrong(snapshot: Snapshot, now: float) -> Decision:
+        draining, snapshot.draining = snapshot.draining, {}
+        try:
+            return schedule.schedule(snapshot, now)
+        finally:
+            snapshot.draining = draining
+
+    decisions.schedule = wrong
+
+
+def _memory_ignores_loading(decisions: Decisions) -> None:
+    def wrong(snapshot: Snapshot, worker_id: str, *, without: frozenset[str] = frozenset()) -> Any:
+        loading = [
+            r.model_name
+            for r in snapshot.replicas[worker_id].values()
+            if r.state in HOLDS_MEMORY and r.state is not ReplicaState.READY
+        ]
+        return workers.memory(snapshot, worker_id, without=without | frozenset(loading))
+
+    def reconcile(snapshot: Snapshot, now: float) -> Decision:
+        with _replaced(place, "memory", wrong):
+            return place.reconcile(snapshot, now)
+
+    def advance(snapshot: Snapshot, now: float) -> Decision:
+        with _replaced(rebalance, "memory", wrong):
+            return rebalance.advance(snapshot, now)
+
+    decisions.reconcile, decisions.advance = reconcile, advance
+
+
+def _acknowledges_before_commit(decisions: Decisions) -> None:
+    decisions.acknowledge_early = True
+
+
+def _forgets_finished_keys(decisions: Decisions) -> None:
+    first_of = decisions.first_of
+    decisions.first_of = lambda snapshot, command, stored: first_of(snapshot, command, None)
+
+
+def _loses_drains(decisions: Decisions) -> None:
+    """A drain ends only in the tick in which its last task ended: one that begins idle is never woken."""
+    busy: dict[tuple[str, str], bool] = {}
+
+    def wrong(snapshot: Snapshot, now: float, decision: Decision) -> None:
+        waiting = dict(snapshot.draining)
+        for worker_id, name in waiting:
+            is_busy = workers.held_of(snapshot, worker_id, name) > 0
+            was_busy = busy.get((worker_id, name), False)
+            busy[worker_id, name] = is_busy
+            if not was_busy and name in snapshot.replicas.get(worker_id, {}):
+                snapshot.draining.pop((worker_id, name))
+        finish(snapshot, now, decision)
+        snapshot.draining = waiting
+
+    finish = place._finish_drains
+
+    def reconcile(snapshot: Snapshot, now: float) -> Decision:
+        with _replaced(place, "_finish_drains", wrong):
+            return place.reconcile(snapshot, now)
+
+    decisions.reconcile = reconcile
+
+
+def _strikes_do_not_count(decisions: Decisions) -> None:
+    requeue = recover.requeue
+
+    def wrong(*args: Any, strike: bool) -> Decision:
+        return requeue(*args, strike=False)
+
+    def lost_attempts(snapshot: Snapshot, now: float) -> Decision:
+        with _replaced(recover, "requeue", wrong):
+            return recover.lost_attempts(snapshot, now)
+
+    decisions.lost_attempts = lost_attempts
+
+
+def _completes_cancelled(decisions: Decisions) -> None:
+    """A late result of a cancelled task is taken."""
+    ended: dict[str, Task] = {}
+    cancel = decisions.cancel
+
+    def remember(snapshot: Snapshot, now: float, command: Any, finished: Task | None) -> Decision:
+        decision = cancel(snapshot, now, command, finished)
+        ended[command.task_id] = decision.reply.task
+        decision.orders = [pair for pair in decision.orders if not isinstance(pair[1], StopAttempt)]
+        return decision
+
+    def wrong(snapshot: Snapshot, now: float, message: Any) -> Decision:
+        decision = record.report(snapshot, now, message)
+        if isinstance(message, AttemptFinished) and message.task_id in ended:
+            task = changed(ended[message.task_id], status=Status.COMPLETED)
+            result = TaskResult(
+                task_id=task.task_id,
+                attempt=message.attempt,
+                worker_id=message.worker_id,
+                generated_text=message.generated_text,
+                tokens_generated=message.tokens_generated,
+                prompt_tokens=message.prompt_tokens,
+                finish_reason=message.finish_reason,
+                processing_s=message.processing_s,
+                first_token_s=message.first_token_s,
+            )
+            decision.changes += [Save(task), Save(result)]
+        return decision
+
+    decisions.cancel, decisions.report = remember, wrong
+
+
+def _event_numbers_repeat(decisions: Decisions) -> None:
+    def wrong(snapshot: Snapshot) -> None:
+        snapshot.events_next = max(1, snapshot.events_next - 1)
+
+    decisions.loaded = wrong
+
+
+def _forgets_running_tasks(decisions: Decisions) -> None:
+    def wrong(snapshot: Snapshot) -> None:
+        for tasks in snapshot.held.values():
+            for task in list(tasks.values()):
+                snapshot._take_out(task)
+
+    decisions.loaded = wrong
+
+
+def _unloads_before_loading(decisions: Decisions) -> None:
+    """A migration drains its source as soon as it begins."""
+
+    def wrong(snapshot: Snapshot, now: float) -> Decision:
+        decision = rebalance.advance(snapshot, now)
+        plan = rebalance.active(snapshot)
+        for move in plan.moves if plan is not None else ():
+            source = (move.from_worker or "", move.model)
+            if move.state == "loading" and source not in snapshot.draining:
+                decision.changes.append(Drain(*source, wanted=True))
+        return decision
+
+    decisions.advance = wrong
+
+
+def _trusts_silent_workers(decisions: Decisions) -> None:
+    def lost_attempts(snapshot: Snapshot, now: float) -> Decision:
+        with _replaced(recover, "status", lambda *_: "online"):
+            return recover.lost_attempts(snapshot, now)
+
+    decisions.lost_attempts = lost_attempts
+
+
+def _forgets_held_slots(decisions: Decisions) -> None:
+    def wrong(snapshot: Snapshot, now: float) -> Decision:
+        with _replaced(schedule, "free_slots", lambda _, replica, held: replica.slots):
+            return schedule.schedule(snapshot, now)
+
+    decisions.schedule = wrong
+
+
+def _foresees_for_ever(decisions: Decisions) -> None:
+    """A load whose order was lost is believed in until a report shows it."""
+
+    def wrong(snapshot: Snapshot, now: float, message: Any) -> Decision:
+        with _replaced(record, "_LOAD_FORESEEN_S", float("inf")):
+            return record.report(snapshot, now, message)
+
+    decisions.report = wrong
+
+
+def _never_times_out(decisions: Decisions) -> None:
+    time_out = decisions.time_out
+
+    def wrong(snapshot: Snapshot, now: float) -> Decision:
+        decision = time_out(snapshot, now)
+        held = {task_id for tasks in snapshot.held.values() for task_id in tasks}
+        decision.changes = [c for c in decision.changes if c.record.task_id not in held]  # type: ignore[union-attr]
+        return decision
+
+    decisions.time_out = wrong
+
+
+def _second_load_at_once(decisions: Decisions) -> None:
+    """A replica that is being loaded counts as one that takes tasks."""
+
+    def takes(snapshot: Snapshot, replica: Any) -> bool:
+        return replica.state in (ReplicaState.READY, ReplicaState.LOADING)
+
+    def wrong(snapshot: Snapshot, now: float) -> Decision:
+        with _replaced(schedule, "takes_tasks", takes):
+            return schedule.schedule(snapshot, now)
+
+    decisions.schedule = wrong
+
+
+BUGS: dict[str, Switch] = {
+    "requeue_keeps_attempt": _requeue_keeps_attempt,
+    "accepts_dead_results": _accepts_dead_results,
+    "schedules_on_draining": _schedules_on_draining,
+    "memory_ignores_loading": _memory_ignores_loading,
+    "acknowledges_before_commit": _acknowledges_before_commit,
+    "forgets_finished_keys": _forgets_finished_keys,
+    "loses_drains": _loses_drains,
+    "strikes_do_not_count": _strikes_do_not_count,
+    "completes_cancelled": _completes_cancelled,
+    "event_numbers_repeat": _event_numbers_repeat,
+    "forgets_running_tasks": _forgets_running_tasks,
+    "unloads_before_loading": _unloads_before_loading,
+    "trusts_silent_workers": _trusts_silent_workers,
+    "forgets_held_slots": _forgets_held_slots,
+    "foresees_for_ever": _foresees_for_ever,
+    "held_tasks_never_time_out": _never_times_out,
+    "runs_on_loading_replicas": _second_load_at_once,
+}
