@@ -189,8 +189,9 @@ def self_test(name: DeviceName) -> float:
     import numpy as np
     from tinygrad import Device, Tensor
 
-    from engine import kernels, llvm
+    from engine import kernels, llvm, programs
 
+    programs.install()
     if name.compiler == "LLVM":
         llvm.install()
     try:

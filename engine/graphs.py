@@ -1,21 +1,23 @@
 """A model's step as captured graphs, one for each number of rows ("bucket"); a step takes the smallest that fits.
 
 Rows that pad a bucket write to a spare position behind every context, which no row ever reads.
+
+Every bucket is built during the load, 0.3 s each when its kernels are cached: none is left to stall a stream later.
 """
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tinygrad import Tensor, TinyJit
 from tinygrad.uop.ops import UOp
 
 from engine.batching import Row
 from engine.models.llama import Llama
+from engine.recording import recording
+from engine.weights import fill, upload
 
 PROMPT_ROWS_CPU = 32  # 0.1 s a step with the small model on two cores: what decoding runs wait at most
 PROMPT_ROWS_GPU = 128
@@ -41,20 +43,15 @@ class _Bucket:
         self._rows, self._wanted = rows, wanted
         self._spare = model.length - 1
         half = model.config.width // 2
-        self._ints = [Tensor(np.zeros(rows, dtype=np.int32)).realize() for _ in range(3)]
-        self._angles = Tensor(np.zeros((2, rows, half), dtype=np.float32)).realize()
-        self._want = Tensor(np.zeros(wanted, dtype=np.int32)).realize()
+        tokens, slots, positions = (upload(np.zeros(rows, dtype=np.int32)) for _ in range(3))
+        self._ints = tokens, slots, positions
+        self._angles = upload(np.zeros((2, rows, half), dtype=np.float32))
+        self._want = upload(np.zeros(wanted, dtype=np.int32))
         self._model = model
-
-        def forward(
-            tokens: Tensor, slots: Tensor, positions: Tensor, angles: Tensor, wanted: Tensor, length: UOp
-        ) -> Tensor:
-            return model.forward(tokens, slots, positions, angles, wanted, length).realize()
-
-        self._graph: Any = TinyJit(forward)
-        # The first call of a TinyJit runs without capturing, to let things settle; all inputs here are realised, and
-        # that call takes half of the time it takes to build the graph.
-        self._graph.cnt = 1
+        self._length = UOp.variable("length", 1, model.length)
+        with recording() as record:
+            logits = model.forward(tokens, slots, positions, self._angles, self._want, self._length.bind(1))
+        self._graph = record.captured(logits)
 
     def step(self, rows: Sequence[Row], wanted: Sequence[int]) -> npt.NDArray[np.float32]:
         table = np.zeros((3, self._rows), dtype=np.int32)
@@ -64,22 +61,15 @@ class _Bucket:
         want = np.zeros(self._wanted, dtype=np.int32)
         want[: len(wanted)] = wanted
         for tensor, values in zip(self._ints, table, strict=True):
-            _fill(tensor, values)
-        _fill(self._angles, self._model.angles(table[2]))
-        _fill(self._want, want)
+            fill(tensor, values)
+        fill(self._angles, self._model.angles(table[2]))
+        fill(self._want, want)
         length = max((row.position for row in rows), default=0) + 1
-        variable = UOp.variable("length", 1, self._model.length).bind(length)
-        logits: npt.NDArray[np.float32] = self._graph(*self._ints, self._angles, self._want, variable).numpy()
+        logits: npt.NDArray[np.float32] = self._graph([], {self._length.expr: length}).numpy()
         return logits[: len(wanted)]
 
     def free(self) -> None:
-        if self._graph.captured is not None:
-            self._graph.captured.free_intermediates()
-
-
-def _fill(tensor: Tensor, values: npt.NDArray[Any]) -> None:
-    """Overwrite a realised tensor's buffer, without the scheduler."""
-    tensor.uop.base.realized.copyin(np.ascontiguousarray(values).data.cast("B"))
+        self._graph.free_intermediates()
 
 
 class GraphedModel:
@@ -93,10 +83,9 @@ class GraphedModel:
         self._buckets: dict[int, _Bucket] = {}
 
     def capture(self, size: int) -> None:
-        """Build a bucket's graph and run it twice, so that its kernels are compiled and its memory taken."""
+        """Build a bucket's graph and run it, so that its kernels are compiled and its memory taken."""
         bucket = self._buckets[size] = _Bucket(self._model, size, min(size, self.slots))
-        for _ in range(2):
-            bucket.step([], [])
+        bucket.step([], [])
 
     def step(self, rows: Sequence[Row], wanted: Sequence[int]) -> npt.NDArray[np.float32]:
         size = next(size for size in self.sizes if size >= len(rows))

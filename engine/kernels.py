@@ -9,13 +9,12 @@ Shapes: R rows, I inputs, O outputs, H query heads, G key/value heads, D head di
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from tinygrad import Tensor, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-Kernel = Callable[..., UOp]
+from engine.recording import call
+
 LOG2_E = 1.4426950408889634
 THREADED_MACS_MIN = 4_000_000  # below it, waking the second core costs more than it saves
 
@@ -84,7 +83,7 @@ def matmul(
         return out[r, o].store(value).end(r, o).sink(arg=info)
 
     out = Tensor.empty(rows, outputs, dtype=dtypes.float32, device=x.device)
-    return _call(kernel, out, x, weight, *extras)
+    return call(kernel, out, x, weight, *extras)
 
 
 def gather_rows(table: Tensor, indices: Tensor) -> Tensor:
@@ -97,7 +96,7 @@ def gather_rows(table: Tensor, indices: Tensor) -> Tensor:
         return out[r, i].store(value).end(r, i).sink(arg=KernelInfo(name=f"gather_{rows}_{inputs}"))
 
     out = Tensor.empty(rows, inputs, dtype=dtypes.float32, device=table.device)
-    return _call(kernel, out, table, indices)
+    return call(kernel, out, table, indices)
 
 
 def write_cache(
@@ -131,7 +130,7 @@ def write_cache(
             .sink(arg=KernelInfo(name=f"write_cache_{rows}", opts_to_apply=opts))
         )
 
-    return _call(kernel, cache, qkv, angles, slots, positions)
+    return call(kernel, cache, qkv, angles, slots, positions)
 
 
 def rotate_queries(qkv: Tensor, angles: Tensor, heads: int, width: int) -> Tensor:
@@ -151,7 +150,7 @@ def rotate_queries(qkv: Tensor, angles: Tensor, heads: int, width: int) -> Tenso
         return UOp.group(*stores).end(r, h, j).sink(arg=KernelInfo(name=f"rotate_{rows}", opts_to_apply=opts))
 
     out = Tensor.empty(rows, heads, width, dtype=dtypes.float32, device=qkv.device)
-    return _call(kernel, out, qkv, angles)
+    return call(kernel, out, qkv, angles)
 
 
 def attention(queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, length: UOp) -> Tensor:
@@ -183,7 +182,7 @@ def _scores(queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, le
         return out[r, h, n].store(value).end(r, h, n).sink(arg=info)
 
     out = Tensor.empty(rows, heads, cache.shape[3], dtype=dtypes.float32, device=cache.device)
-    return _call(kernel, out, queries, cache, slots, positions, bound=(length,))
+    return call(kernel, out, queries, cache, slots, positions, bound=(length,))
 
 
 def _exponentials(scores: Tensor, length: UOp) -> Tensor:
@@ -209,13 +208,13 @@ def _exponentials(scores: Tensor, length: UOp) -> Tensor:
             .sink(arg=KernelInfo(name=f"exp_{rows}", opts_to_apply=opts))
         )
 
-    most = _call(
+    most = call(
         highest,
         Tensor.empty(rows, heads, dtype=dtypes.float32, device=scores.device),
         scores,
         bound=(length,),
     )
-    return _call(
+    return call(
         exponentials,
         Tensor.empty(*scores.shape, dtype=dtypes.float32, device=scores.device),
         scores,
@@ -242,7 +241,7 @@ def _weighted_values(weights: Tensor, cache: Tensor, slots: Tensor, length: UOp)
         return out[r, h, d].store(total / part).end(r, h, d).sink(arg=info)
 
     out = Tensor.empty(rows, heads, width, dtype=dtypes.float32, device=cache.device)
-    return _call(kernel, out, weights, cache, slots, bound=(length,))
+    return call(kernel, out, weights, cache, slots, bound=(length,))
 
 
 def inverse_norm(x: Tensor, epsilon: float) -> Tensor:
@@ -256,7 +255,20 @@ def inverse_norm(x: Tensor, epsilon: float) -> Tensor:
         value = mean.alu(Ops.SQRT).alu(Ops.RECIPROCAL)
         return out[r].store(value).end(r).sink(arg=KernelInfo(name=f"norm_{rows}", opts_to_apply=opts))
 
-    return _call(kernel, Tensor.empty(rows, dtype=dtypes.float32, device=x.device), x)
+    return call(kernel, Tensor.empty(rows, dtype=dtypes.float32, device=x.device), x)
+
+
+def scale_columns(x: Tensor, by: Tensor) -> Tensor:
+    """x [R, I] times by [I], each column by its own factor."""
+    rows, inputs = x.shape
+
+    def kernel(out: UOp, x: UOp, by: UOp) -> UOp:
+        r, i = UOp.range(rows, 0), UOp.range(inputs, 1)
+        return (
+            out[r, i].store(x[r, i] * by[i]).end(r, i).sink(arg=KernelInfo(name=f"columns_{rows}_{inputs}"))
+        )
+
+    return call(kernel, Tensor.empty(rows, inputs, dtype=dtypes.float32, device=x.device), x, by)
 
 
 def gated(x: Tensor) -> Tensor:
@@ -270,7 +282,7 @@ def gated(x: Tensor) -> Tensor:
         value = gate * up * ((gate * -LOG2_E).alu(Ops.EXP2) + 1.0).alu(Ops.RECIPROCAL)
         return out[r, f].store(value).end(r, f).sink(arg=KernelInfo(name=f"gated_{rows}_{size}"))
 
-    return _call(kernel, Tensor.empty(rows, size, dtype=dtypes.float32, device=x.device), x)
+    return call(kernel, Tensor.empty(rows, size, dtype=dtypes.float32, device=x.device), x)
 
 
 def _axis(size: int) -> int:
@@ -285,13 +297,3 @@ def _index(value: UOp, size: int) -> UOp:
 
 def _unbound(length: UOp) -> UOp:
     return length.unbind()[0]
-
-
-def _call(kernel: Kernel, *tensors: Tensor, bound: tuple[UOp, ...] = ()) -> Tensor:
-    """`Tensor.custom_kernel` that also tells the scheduler which bound variables the kernel's loops use.
-
-    Returns the first tensor as it is after the kernel, which is the one the kernel writes.
-    """
-    sources = [t.uop if t.uop.op is Ops.AFTER else t.uop.contiguous() for t in tensors]
-    placeholders = [UOp.placeholder_like(source, slot=slot) for slot, source in enumerate(sources)]
-    return Tensor(sources[0].after(kernel(*placeholders).call(*sources, *bound)))

@@ -1,4 +1,8 @@
-"""Loading a model onto the device and giving its memory back. On the device's thread only."""
+"""Loading a model onto the device and giving its memory back. On the device's thread only.
+
+Measured with SmolLM2-135M Q4_1, 8 slots of 2048 tokens, two CPU cores that others used too: 6.6 to 9.5 s with an empty
+kernel cache, 2.3 to 4.6 s (2.1 s of processor time) with a filled one; 664 MB on the device.
+"""
 
 from __future__ import annotations
 

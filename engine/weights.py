@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
-from tinygrad import Tensor, dtypes
+import numpy.typing as npt
+from tinygrad import Tensor, TinyJit, dtypes
+from tinygrad.dtype import DType
 from tinygrad.llm.gguf import ggml_data_to_tensor
 
 from engine.errors import LoadError
@@ -19,7 +22,61 @@ from engine.gguf import Gguf, TensorInfo
 
 MATRIX = dtypes.float16
 VECTOR = dtypes.float32
+_DTYPES = {"float16": dtypes.float16, "float32": dtypes.float32, "int32": dtypes.int32}
+# The other kinds look values up in tables that tinygrad makes once and keeps: captured in one graph, such a table is
+# never filled for the next.
+_GRAPHED_KINDS = {0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 30}
 Progress = Callable[[int, int], None]  # bytes done, of total
+
+
+def fill(tensor: Tensor, values: npt.NDArray[Any]) -> None:
+    """Overwrite a realised tensor's buffer, without the scheduler."""
+    tensor.uop.base.buffer.ensure_allocated().copyin(np.ascontiguousarray(values).data.cast("B"))
+
+
+def upload(values: npt.NDArray[Any]) -> Tensor:
+    """A buffer of its own, without the scheduler."""
+    tensor = Tensor.empty(*values.shape, dtype=_DTYPES[values.dtype.name])
+    fill(tensor, values)
+    return tensor
+
+
+class _Decoder:
+    """Decodes tensors of the same kinds and shapes, one below the other; scheduled once, then replayed."""
+
+    def __init__(self, parts: list[TensorInfo], dtype: DType) -> None:
+        self._dtype = dtype
+        self._raw = [Tensor.empty(part.size, dtype=dtypes.uint8) for part in parts]
+        heights = [part.shape[0] for part in parts]
+        self._shape = (sum(heights), *parts[0].shape[1:])
+
+        def decode(out: Tensor, raw: list[Tensor], *columns: Tensor) -> None:
+            stores, top = [], 0
+            for part, blocks in zip(parts, raw, strict=True):
+                values = ggml_data_to_tensor(blocks, part.elements, part.kind).reshape(*part.shape)
+                values = values.cast(dtypes.float32)
+                for factors in columns:
+                    values = values * factors
+                stores.append(out[top : top + part.shape[0]].assign(values.cast(dtype)))
+                top += part.shape[0]
+            Tensor.realize(*stores)
+
+        self._decode: Any = decode
+        if _GRAPHED_KINDS.issuperset(part.kind for part in parts):
+            self._decode = TinyJit(decode)
+            self._decode.cnt = 1  # capture in the first call: every input is a buffer already
+
+    def __call__(self, raw: list[npt.NDArray[np.uint8]], columns: Tensor | None) -> Tensor:
+        for tensor, values in zip(self._raw, raw, strict=True):
+            fill(tensor, values)
+        out = Tensor.empty(*self._shape, dtype=self._dtype)
+        out.uop.base.buffer.ensure_allocated()
+        self._decode(out, self._raw, *([] if columns is None else [columns]))
+        return out
+
+    def free(self) -> None:
+        if isinstance(self._decode, TinyJit) and self._decode.captured is not None:
+            self._decode.captured.free_intermediates()
 
 
 class Weights:
@@ -30,22 +87,27 @@ class Weights:
         self._progress = progress
         self._left = dict(gguf.tensors)
         self._done = 0
+        self._decoders: dict[Any, _Decoder] = {}
         self._total = sum(info.size for info in gguf.tensors.values())
         with gguf.path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            # private, because tinygrad copies from writable memory only
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def __enter__(self) -> Weights:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._map.close()
+        del self._map  # not closed: a failure's traceback may hold a view of it
+        for decoder in self._decoders.values():
+            decoder.free()
+        self._decoders.clear()
 
     def has(self, name: str) -> bool:
         return name in self._left
 
     def vector(self, name: str, *shape: int) -> Tensor:
         """A tensor as float32."""
-        return self._decoded(name, shape).cast(VECTOR).contiguous().realize()
+        return self._decoded([(name, shape)], VECTOR, None)
 
     def matrix(self, name: str, *shape: int, columns: Tensor | None = None) -> Tensor:
         """A tensor as float16, its columns multiplied by `columns` before rounding."""
@@ -53,13 +115,7 @@ class Weights:
 
     def stacked(self, parts: list[tuple[str, tuple[int, ...]]], columns: Tensor | None = None) -> Tensor:
         """Several matrices of equal width as one, one below the other."""
-        decoded = [self._decoded(name, shape) for name, shape in parts]
-        if columns is not None:
-            decoded = [tensor * columns for tensor in decoded]
-        halves = [tensor.cast(MATRIX).contiguous().realize() for tensor in decoded]
-        if len(halves) == 1:
-            return halves[0]
-        return halves[0].cat(*halves[1:]).contiguous().realize()
+        return self._decoded(parts, MATRIX, columns)
 
     def finish(self) -> None:
         """Raises LoadError when the file has tensors that the model did not use."""
@@ -71,14 +127,20 @@ class Weights:
                 "running without them would give wrong answers",
             )
 
-    def _decoded(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """float32, not yet realised."""
-        info = self._take(name, shape)
-        raw = np.frombuffer(self._map, dtype=np.uint8, count=info.size, offset=info.offset)
-        blocks = Tensor(raw.copy()).realize()
-        self._done += info.size
+    def _decoded(
+        self, parts: list[tuple[str, tuple[int, ...]]], dtype: DType, columns: Tensor | None
+    ) -> Tensor:
+        infos = [self._take(name, shape) for name, shape in parts]
+        key = (dtype, columns is not None, *((info.kind, info.shape) for info in infos))
+        if key not in self._decoders:
+            self._decoders[key] = _Decoder(infos, dtype)
+        raw = [
+            np.frombuffer(self._map, dtype=np.uint8, count=info.size, offset=info.offset) for info in infos
+        ]
+        decoded = self._decoders[key](raw, columns)
+        self._done += sum(info.size for info in infos)
         self._progress(self._done, self._total)
-        return ggml_data_to_tensor(blocks, info.elements, info.kind).reshape(*info.shape).cast(dtypes.float32)
+        return decoded
 
     def _take(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         info = self._left.pop(name, None)

@@ -17,7 +17,7 @@ from tinygrad.uop.ops import UOp
 from engine import kernels
 from engine.errors import LoadError
 from engine.gguf import Gguf, bad_file
-from engine.weights import MATRIX, Weights
+from engine.weights import MATRIX, Weights, upload
 
 CACHE = dtypes.float16
 
@@ -138,7 +138,7 @@ class Llama:
             ),
             down=weights.matrix(name + "ffn_down.weight", c.embedding, c.feed_forward),
             # zeros, because a masked position still takes part with weight 0, and 0 x NaN is NaN
-            cache=Tensor.zeros(*shape, dtype=CACHE).contiguous().realize(),
+            cache=upload(np.zeros(shape, dtype=np.float16)),
         )
 
     def angles(self, positions: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
@@ -162,7 +162,7 @@ class Llama:
             x = self._matmul(kernels.gated(inner), block.down, residual=x)
         x = kernels.gather_rows(x, wanted)
         scale = kernels.inverse_norm(x, c.epsilon)
-        return self._matmul((x * self._norm).contiguous(), self._output, scale=scale)
+        return self._matmul(kernels.scale_columns(x, self._norm), self._output, scale=scale)
 
     def _matmul(
         self, x: Tensor, weight: Tensor, scale: Tensor | None = None, residual: Tensor | None = None

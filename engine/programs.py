@@ -1,0 +1,93 @@
+"""Compiled kernels kept between starts.
+
+tinygrad keeps only what its compiler made and lowers every kernel to source again to find it, 50 ms of Python each:
+most of a warm start. `install` keeps the finished program under the kernel's own key, in the same private file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+from tinygrad.codegen import to_program
+from tinygrad.engine import realize
+from tinygrad.helpers import (
+    ALLOW_TF32,
+    CPU_COUNT,
+    DISABLE_FAST_IDIV,
+    EMULATED_DTYPES,
+    IMAGE,
+    NOLOCALS,
+    NOOPT,
+    TRANSCENDENTAL,
+    USE_TC,
+    diskcache_get,
+    diskcache_put,
+)
+from tinygrad.renderer import Estimates
+from tinygrad.uop.ops import Ops, UOp
+
+TABLE = "bitinglip_programs"
+LOWERING = 1  # raise it when engine.llvm changes what a kernel is lowered to
+_SETTINGS = (
+    ALLOW_TF32,
+    CPU_COUNT,
+    DISABLE_FAST_IDIV,
+    EMULATED_DTYPES,
+    IMAGE,
+    NOLOCALS,
+    NOOPT,
+    TRANSCENDENTAL,
+    USE_TC,
+)
+_TINYGRAD = version("tinygrad")
+_programs: dict[str, UOp] = {}
+
+
+def install() -> None:
+    """Make tinygrad look here before it lowers a kernel. Call it before the first kernel."""
+    realize.to_program = stored_program
+
+
+def stored_program(ast: UOp, renderer: Any) -> UOp:
+    """`tinygrad.codegen.to_program`, from memory, the cache file or tinygrad."""
+    key = _key(ast, renderer)
+    program = _programs.get(key)
+    if program is None:
+        program = diskcache_get(TABLE, key)
+        if program is None:
+            program = _without_source_graph(to_program(ast, renderer), renderer)
+            diskcache_put(TABLE, key, program)
+        _programs[key] = program
+    return program
+
+
+def _key(ast: UOp, renderer: Any) -> str:
+    parts = (
+        LOWERING,
+        _TINYGRAD,
+        ast.key.hex(),
+        ast.tag,
+        type(renderer).__name__,
+        renderer.target,
+        renderer.compiler.cachekey,
+        *(setting.value for setting in _SETTINGS),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _without_source_graph(program: UOp, renderer: Any) -> UOp:
+    """What running needs: the binary and how to launch it.
+
+    The graphs it came from are large and deep to pickle. The estimated work is only for tinygrad's statistics, and
+    adding up a step's hundreds of symbolic estimates took a tenth of a load.
+    """
+    if program.op is not Ops.PROGRAM or len(program.src) != 5:
+        return program
+    sink, target, _, source, binary = program.src
+    arg = replace(sink.arg, estimates=Estimates())
+    if renderer.has_local and program.arg.local_size is None:  # tinygrad will try sizes, and needs the graph
+        return program.replace(src=(sink.replace(arg=arg), *program.src[1:]))
+    return program.replace(src=(UOp(Ops.SINK, arg=arg), target, UOp(Ops.LINEAR), source, binary))

@@ -1,0 +1,83 @@
+"""A step's kernel calls written down as they are made, instead of through tinygrad's scheduler.
+
+Every kernel of a step is written by hand and names the buffers it reads and writes, so the order of calls is the
+schedule. tinygrad would find the same list again by rewriting the graph of the whole step: seconds for each bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from tinygrad import Tensor
+from tinygrad.engine.jit import CapturedJit, jit_lower
+from tinygrad.uop.ops import Ops, UOp, buffers
+
+Kernel = Callable[..., UOp]
+
+
+class Recording:
+    """Calls in their order, and the kernels they call: a block's kernels are built once, not for each block."""
+
+    def __init__(self) -> None:
+        self._calls: list[UOp] = []
+        self._kernels: dict[Any, UOp] = {}
+
+    def add(self, kernel: Kernel, tensors: tuple[Tensor, ...]) -> None:
+        key = (kernel.__code__, *map(_identity, _closed_over(kernel)), *map(_identity, tensors))
+        if key not in self._kernels:
+            placeholders = [
+                UOp.placeholder_like(tensor.uop, slot=slot) for slot, tensor in enumerate(tensors)
+            ]
+            self._kernels[key] = kernel(*placeholders)
+        self._calls.append(self._kernels[key].call(*(_buffer(tensor) for tensor in tensors)))
+
+    def captured(self, result: Tensor) -> CapturedJit[Tensor]:
+        """The calls compiled, their intermediates laid over each other in one buffer, and made a device graph."""
+        linear = UOp(Ops.LINEAR, src=tuple(self._calls))
+        held = {*buffers, _buffer(result)}
+        return CapturedJit(result, jit_lower(linear, held, []), [], [])
+
+
+_active: Recording | None = None
+
+
+@contextmanager
+def recording() -> Iterator[Recording]:
+    """Inside, `call` records. Every tensor must be a buffer of its own: nothing lazy is computed."""
+    global _active
+    _active = Recording()
+    try:
+        yield _active
+    finally:
+        _active = None
+
+
+def call(kernel: Kernel, *tensors: Tensor, bound: tuple[UOp, ...] = ()) -> Tensor:
+    """Call `kernel`, which writes the first tensor. Returns that tensor as it is after the kernel.
+
+    `bound` are the bound variables that the kernel's loops use: the scheduler must be told, a recording must not.
+    """
+    if _active is not None:
+        _active.add(kernel, tensors)
+        return tensors[0]
+    sources = [t.uop if t.uop.op is Ops.AFTER else t.uop.contiguous() for t in tensors]
+    placeholders = [UOp.placeholder_like(source, slot=slot) for slot, source in enumerate(sources)]
+    return Tensor(sources[0].after(kernel(*placeholders).call(*sources, *bound)))
+
+
+def _buffer(tensor: Tensor) -> UOp:
+    base = tensor.uop.base
+    if base.op is not Ops.BUFFER or not tensor.uop.has_buffer_identity():
+        raise AssertionError(f"a recorded kernel works on a tensor that is no buffer: {tensor.uop.op}")
+    return base
+
+
+def _closed_over(kernel: Kernel) -> list[Any]:
+    return [cell.cell_contents for cell in kernel.__closure__ or ()]
+
+
+def _identity(value: Any) -> Any:
+    """What of a value decides the kernel that is built: of a tensor, its form only."""
+    return (value.shape, value.dtype) if isinstance(value, Tensor) else value

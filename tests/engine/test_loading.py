@@ -1,0 +1,40 @@
+"""What makes a load fast gives the same results: decoders as graphs, recorded steps, stored programs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.engine.harness import REPOSITORY
+
+EMULATED = "MOCKKFD+AMD:LLVM;CPU:LLVM"  # gfx1100 in software, from a checkout of tinygrad
+
+
+def check(name: str, directory: Path, **environment: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.device_checks", name, str(directory)],
+        cwd=REPOSITORY,
+        env=os.environ | {"DEV": "CPU:LLVM", "CACHEDB": str(directory / "kernels.db")} | environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["decoders", "recorded", "stored"])
+def test_same_as_plain_tinygrad(name: str, tmp_path: Path) -> None:
+    check(name, tmp_path)
+
+
+@pytest.mark.process
+@pytest.mark.skipif(
+    "TINYGRAD_SOURCE" not in os.environ, reason="TINYGRAD_SOURCE names no checkout of tinygrad"
+)
+def test_recorded_on_an_emulated_amd_card(tmp_path: Path) -> None:
+    check("recorded", tmp_path, DEV=EMULATED, PYTHONPATH=os.environ["TINYGRAD_SOURCE"])
