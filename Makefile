@@ -9,6 +9,8 @@
 
 export PYTHON
 BIN := .venv/bin
+# The tests that cover every branch of peer/state and peer/decide, which is asserted.
+PURE := tests/state tests/decide tests/leader tests/executor/test_judgements.py
 .PHONY: demo run test lint bench clean
 .DEFAULT_GOAL := demo
 
@@ -23,7 +25,9 @@ run:
 test:
 	@.ci/setup test
 	@$(MAKE) --no-print-directory lint-ready
-	$(BIN)/python -m pytest
+	$(BIN)/coverage run -m pytest $(PURE)
+	$(BIN)/coverage report
+	$(BIN)/python -m pytest $(PURE:%=--ignore=%)
 
 lint:
 	@.ci/setup test

@@ -51,6 +51,10 @@ def data_view(data: dict[str, Any]) -> dict[str, Any]:
     """An event's data: seconds and bytes stay as numbers and are also given as the documented texts."""
     shown: dict[str, Any] = {}
     for name, value in data.items():
+        if value is None and name.endswith("_s"):  # never measured: the task never started
+            base = TIMES.get(name, name[:-2])
+            shown[base] = shown[base + "_seconds"] = None
+            continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number and name.endswith("_s"):
             base = TIMES.get(name, name[:-2])

@@ -55,9 +55,7 @@ class _Pending:
         self.done = trio.Event()
         self.answer: Any = None
         self.error: BitinglipError | None = None
-        self.stored: Task | Idempotency | None = (
-            None  # what the store holds for it, read before it is decided
-        )
+        self.stored: Task | Idempotency | None = None  # read from the store before it is decided
 
 
 def _size(item: _Pending | Report) -> int:
@@ -313,8 +311,7 @@ class Leader:
             commands = [item for item in batch if isinstance(item, _Pending)]
             if commands:
                 self._deciding = commands
-            for pending in commands:
-                await self._read_stored(pending)
+            await self._read_stored(commands)
             work = Batch(self._snapshot, self._clock.wall())
             for item in batch:
                 if isinstance(item, _Pending):
@@ -374,16 +371,21 @@ class Leader:
 
     # ---------------------------------------------------------------- deciding
 
-    async def _read_stored(self, pending: _Pending) -> None:
-        """What a decision needs to know of a finished task, which only the store holds."""
-        match pending.command:
-            case asks.SubmitTask(owner=owner, idempotency_key=text) if text:
-                key = idempotency_key(owner, text)
-                found = await self._store.get([key])
-                pending.stored = decode(Idempotency, found[key].value) if found else None
-            case asks.CancelTask(task_id=wanted) if wanted not in self._snapshot.tasks:
-                stored = await self._stored_task(wanted)
-                pending.stored = stored.task if stored is not None else None
+    async def _read_stored(self, commands: list[_Pending]) -> None:
+        """What decisions need to know of finished tasks, which only the store holds, in one read."""
+        wanted: dict[str, list[_Pending]] = {}
+        for pending in commands:
+            match pending.command:
+                case asks.SubmitTask(owner=owner, idempotency_key=text) if text:
+                    wanted.setdefault(idempotency_key(owner, text), []).append(pending)
+                case asks.CancelTask(task_id=task) if task not in self._snapshot.tasks:
+                    wanted.setdefault(f"task/{task}", []).append(pending)
+        if not wanted:
+            return
+        for key, item in (await self._store.get(list(wanted))).items():
+            for pending in wanted[key]:
+                cancels = isinstance(pending.command, asks.CancelTask)
+                pending.stored = decode(Task, item.value) if cancels else decode(Idempotency, item.value)
 
     def _decide_command(self, pending: _Pending, work: Batch) -> None:
         try:

@@ -268,6 +268,8 @@ class Snapshot:
                 self.finished -= 1
             case Assignment():
                 self.assignments.pop((record.worker_id, record.model_name), None)
+            case ApiKey():
+                self.keys.pop(record.key_id, None)
             case Plan():
                 self.plans.pop(record.rebalance_id, None)
             case Bucket():

@@ -14,6 +14,7 @@ from peer.errors import Conflict, NotFound, Overloaded
 from peer.limits import KEYS_MAX
 from peer.state.command import CancelTask, CreateKey, RevokeKey, SubmitTask
 from peer.state.key import ApiKey
+from peer.state.model import LoadProfile
 from peer.state.order import StopAttempt
 from peer.state.record import idempotency_key
 from peer.state.snapshot import Drop, Save
@@ -167,18 +168,37 @@ def test_so_many_keys_and_no_more() -> None:
     world.s.keys.update({str(n): key(str(n)) for n in range(KEYS_MAX)})
     with pytest.raises(Overloaded):
         keys.create(world.s, CreateKey(key=key("a")))
+    world.take(keys.revoke(world.s, T0 + 1, RevokeKey(key_id="7")))
+    world.take(keys.revoke(world.s, T0, RevokeKey(key_id="8")))
+    world.take(keys.create(world.s, CreateKey(key=key("a"))))
+    assert "a" in world.s.keys
+    assert "7" in world.s.keys
+    assert "8" not in world.s.keys  # the one that was revoked first has made room
+
+
+def test_the_last_key_that_may_make_keys_stays() -> None:
+    world = World()
+    first, second = (changed(key(name), scopes=("admin",)) for name in ("a", "b"))
+    world.take(keys.create(world.s, CreateKey(key=first)))
+    world.take(keys.create(world.s, CreateKey(key=changed(second, key_id="c", expires_at=T0 + 60))))
+    with pytest.raises(Conflict, match="last key"):
+        keys.revoke(world.s, T0, RevokeKey(key_id="a"))
+    world.take(keys.create(world.s, CreateKey(key=second)))
+    assert world.take(keys.revoke(world.s, T0, RevokeKey(key_id="a"))).revoked_at == T0
+    with pytest.raises(Conflict, match="last key"):
+        keys.revoke(world.s, T0, RevokeKey(key_id="b"))
 
 
 # ---------------------------------------------------------------- the snapshot's own guards
 
 
-def test_a_finished_task_is_not_loaded_and_keys_are_not_dropped() -> None:
+def test_a_finished_task_is_not_loaded_and_profiles_are_not_dropped() -> None:
     world = World()
     task = changed(world.submit(), status=Status.FAILED)
     with pytest.raises(TypeError, match="stay in the store"):
         world.s.load(task)
     with pytest.raises(TypeError, match="never dropped"):
-        world.s.apply(Drop(key("a")))
+        world.s.apply(Drop(LoadProfile(model_name="m", device_name="d", memory_bytes=1, load_s=1.0)))
 
 
 def test_an_empty_catalogue_knows_no_near_names() -> None:
