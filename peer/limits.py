@@ -54,7 +54,14 @@ ENGINE_OUTBOX_MAX: Final = 4_096  # frames waiting for the engine to read
 ENGINE_START_S_MAX: Final = 120.0
 ENGINE_STOP_S_MAX: Final = 3.0
 CANCEL_S_MAX: Final = 0.8  # a cancelled run that still holds its slot then: the engine is killed
-STALL_S: Final = {"start": 120.0, "idle": 15.0, "load": 120.0, "warmup": 300.0, "prefill": 60.0, "decode": 30.0}
+STALL_S: Final = {
+    "start": 120.0,
+    "idle": 15.0,
+    "load": 120.0,
+    "warmup": 300.0,
+    "prefill": 60.0,
+    "decode": 30.0,
+}
 RESTART_BACKOFF_S: Final = (0.2, 1.0, 5.0, 15.0)
 DEATHS_MAX: Final = 3  # within DEATHS_WINDOW_S: quarantine
 DEATHS_WINDOW_S: Final = 600.0

@@ -113,9 +113,7 @@ class Store(Protocol):
         Raises Fenced (nothing was written), Ambiguous, StoreBroken.
         """
 
-    def watch(
-        self, prefix: str, from_revision: int
-    ) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
+    def watch(self, prefix: str, from_revision: int) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
         """Every batch from that revision on, without gap or repeat. Raises Compacted if it is gone."""
 
     async def grant(self, ttl_s: float) -> Lease:
