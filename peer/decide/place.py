@@ -315,7 +315,13 @@ def _begin(snapshot: Snapshot, now: float, model: Model, worker_id: str, decisio
 
 
 def _evictable(snapshot: Snapshot, worker_id: str) -> list[str]:
-    """Ready models that no wish and no task holds here, the least recently used first."""
+    """Ready models that no wish, no task and no move under way holds here, the least recently used first."""
+    moving_here = [
+        move.model
+        for plan in snapshot.plans.values()
+        for move in plan.moves
+        if move.to_worker == worker_id and move.state in ("loading", "draining")
+    ]
     free = [
         r
         for r in snapshot.replicas.get(worker_id, {}).values()
@@ -323,5 +329,6 @@ def _evictable(snapshot: Snapshot, worker_id: str) -> list[str]:
         and (worker_id, r.model_name) not in snapshot.assignments
         and not held_of(snapshot, worker_id, r.model_name)
         and r.model_name not in snapshot.queues
+        and r.model_name not in moving_here
     ]
     return [r.model_name for r in sorted(free, key=lambda r: (r.last_used, r.model_name))]

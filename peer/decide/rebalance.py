@@ -259,8 +259,9 @@ def _step(snapshot: Snapshot, now: float, move: Move, decision: Decision) -> Mov
             load(snapshot, now, model, target, decision)
         return changed(move, state="loading", started_at=now)
     if move.state == "loading":
-        if replica is None or replica.state is ReplicaState.FAILED:
-            why = replica.error if replica is not None else f"{target} lost it"
+        leaves = (target, move.model) in snapshot.draining  # an owner has unloaded it there
+        if replica is None or leaves or replica.state is ReplicaState.FAILED:
+            why = f"{target} lost it" if replica is None or leaves else replica.error
             return changed(move, state="failed", actual_s=now - started_at, reason=why)
         if replica.state is not ReplicaState.READY:
             return move
