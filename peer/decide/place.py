@@ -14,6 +14,7 @@ from peer.decide.workers import (
     load_seconds,
     memory,
     memory_needed,
+    serves,
     status,
     takes_tasks,
     usable,
@@ -251,8 +252,22 @@ def _finish_drains(snapshot: Snapshot, now: float, decision: Decision) -> None:
         replica = snapshot.replicas.get(worker_id, {}).get(model_name)
         if replica is None:
             decision.changes.append(Drain(worker_id, model_name, wanted=False))
-        elif replica.state is not ReplicaState.UNLOADING and not held_of(snapshot, worker_id, model_name):
+        elif (
+            replica.state is not ReplicaState.UNLOADING
+            and not held_of(snapshot, worker_id, model_name)
+            and _may_leave(snapshot, now, worker_id, model_name)
+        ):
             unload_now(snapshot, now, replica, decision)
+
+
+def _may_leave(snapshot: Snapshot, now: float, worker_id: str, model_name: str) -> bool:
+    """Not while the target of the move that takes it away has lost it: the move is about to be given up."""
+    return all(
+        serves(snapshot, now, move.to_worker or "", model_name)
+        for plan in snapshot.plans.values()
+        for move in plan.moves
+        if (move.from_worker, move.model, move.state) == (worker_id, model_name, "draining")
+    )
 
 
 def _loading(snapshot: Snapshot, worker_id: str) -> bool:

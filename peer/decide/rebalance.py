@@ -21,6 +21,7 @@ from peer.decide.workers import (
     load_seconds,
     memory,
     memory_needed,
+    serves,
     takes_tasks,
     usable,
 )
@@ -270,6 +271,11 @@ def _step(snapshot: Snapshot, now: float, move: Move, decision: Decision) -> Mov
             decision.changes += [Drop(wish), Save(changed(wish, worker_id=target))]
         decision.changes.append(Drain(source, move.model, wanted=True))
         return changed(move, state="draining")
-    if move.model in snapshot.replicas.get(source, {}):
-        return move
-    return changed(move, state="done", actual_s=now - started_at)
+    if move.model not in snapshot.replicas.get(source, {}):
+        return changed(move, state="done", actual_s=now - started_at)
+    if (target, move.model) in snapshot.draining:  # an owner's wish, which may be for the source as well
+        return changed(move, state="failed", actual_s=now - started_at, reason=f"{target} is to unload it")
+    if not serves(snapshot, now, target, move.model):
+        decision.changes.append(Drain(source, move.model, wanted=False))
+        return changed(move, state="failed", actual_s=now - started_at, reason=f"{target} lost it")
+    return move

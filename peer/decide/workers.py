@@ -65,6 +65,13 @@ def takes_tasks(snapshot: Snapshot, replica: Replica) -> bool:
     )
 
 
+def serves(snapshot: Snapshot, now: float, worker_id: str, model_name: str) -> bool:
+    """Whether this worker is up and its replica of the model is ready."""
+    replica = snapshot.replicas.get(worker_id, {}).get(model_name)
+    is_ready = replica is not None and replica.state is ReplicaState.READY
+    return is_ready and status(snapshot, worker_id, now) in ("online", "busy")
+
+
 def memory_needed(snapshot: Snapshot, model: Model, worker_id: str) -> int:
     """Bytes on the device: measured if this model has been loaded on such a device, else foreseen."""
     profile = snapshot.profiles.get((snapshot.workers[worker_id].device.name, model.name))
