@@ -145,7 +145,6 @@ class SimPeer:
 
     def _obey(self, order: Order) -> None:
         if order.epoch < self._epoch:
-            self.world.sometimes.saw("order of an older epoch refused")
             return
         self._epoch = order.epoch
         worker = self.workers[order.worker_id]

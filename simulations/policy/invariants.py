@@ -15,7 +15,7 @@ from peer.errors import BitinglipError, Conflict, Overloaded
 from peer.limits import ATTEMPTS_MAX, WORKER_SILENT_S
 from peer.state import command as asks
 from peer.state.model import HOLDS_MEMORY, ReplicaState
-from peer.state.order import LoadReplica, RunAttempt, UnloadReplica
+from peer.state.order import ForgetAttempt, LoadReplica, RunAttempt, UnloadReplica
 from peer.state.record import decode, encode, key_of
 from peer.state.snapshot import Drain, Foresee, Save, Snapshot, StoreWrites
 from peer.state.task import TERMINAL, TRANSITIONS, Status, Task, TaskResult
@@ -47,6 +47,7 @@ class Checker:
         self._cancelled: dict[str, None] = {}
         self._by_key: dict[tuple[str, str], str] = {}
         self._read: dict[str, bytes] = {}
+        self._owner_drains: dict[tuple[str, str], None] = {}
         self._events_last = 0
         self._published_last = 0
         self._leader_since = 0.0
@@ -73,14 +74,30 @@ class Checker:
             match change:
                 case Save(record=Task() as task):
                     self._task_saved(task, codes.get(task.task_id), decision)
-                case Drain(worker_id=worker_id, model_name=model_name, wanted=True):
-                    if name == "advance":
+                case Drain(worker_id=worker_id, model_name=model_name, wanted=wanted):
+                    self._owner_drains.pop((worker_id, model_name), None)
+                    if not wanted:
+                        continue
+                    if name == "UnloadModel":
+                        self._owner_drains[worker_id, model_name] = None
+                    elif name == "advance":
                         self._not_the_last(snapshot, worker_id, model_name)
                     elif name == "reconcile":
                         self._sometimes.saw("eviction for room")
                 case Foresee(worker_id=worker_id, replica=replica):
                     if name in ("reconcile", "advance") and replica.state is ReplicaState.LOADING:
                         self._fits(snapshot, worker_id, replica.model_name, replica.memory_bytes)
+        for event in decision.events:
+            if event.event == "cluster_rebalance_finished":
+                self._sometimes.saw(f"rebalance {event.data['status']}")
+        for reason in decision.reasons:
+            if reason.startswith("attempt ") and reason.endswith(" is dead"):
+                is_result = any(isinstance(order, ForgetAttempt) for _, order in decision.orders)
+                self._sometimes.saw(f"late {'result' if is_result else 'start'} refused")
+        if name == "forget_events":
+            self._sometimes.saw("retention forgot events")
+        if name == "reconcile" and any(snapshot.held.get(w) for w, _ in snapshot.draining):
+            self._sometimes.saw("drain waited for a task")
         for _, order in decision.orders:
             if isinstance(order, UnloadReplica):
                 self._unloads(snapshot, order)
@@ -172,7 +189,7 @@ class Checker:
                 if (
                     move.state in ("loading", "draining")
                     and (move.from_worker, move.model) == (order.worker_id, order.model_name)
-                    and (order.worker_id, order.model_name) in snapshot.draining
+                    and (order.worker_id, order.model_name) not in self._owner_drains
                 ):
                     self._not_the_last(snapshot, order.worker_id, order.model_name)
 
@@ -330,6 +347,7 @@ class Checker:
 
     def leader_started(self, snapshot: Snapshot, store: SimStore) -> None:
         self._seen = dict(self._durable)
+        self._owner_drains = {}
         self._leader_since = self._heap.now
         self.whole(snapshot, store)
         if any(plan.status == "initiated" for plan in snapshot.plans.values()):

@@ -20,8 +20,8 @@ STATES = (
     "cancel of a finished task", "attempts exhausted", "timeout while queued", "timeout while held",
     "model unavailable", "eviction for room", "load did not fit the device", "quarantine", "forced unload",
     "drain waited for a task", "rebalance began", "rebalance completed", "rebalance failed",
-    "rebalance lived through a new leader", "task re-queued without strike", "order of an older epoch refused",
-    "outcome reported again", "retention forgot tasks", "retention forgot events", "two leaders' tasks met",
+    "rebalance lived through a new leader", "task re-queued without strike",
+    "outcome reported again", "retention forgot tasks", "retention forgot events",
     "load retried after a failure", "does not fit", "device sizes differ",
 )  # fmt: skip
 

@@ -10,6 +10,7 @@ from typing import Any
 from peer.errors import BitinglipError, NotFound, Unavailable
 from peer.state import command as asks
 from peer.state.model import Model
+from peer.state.plan import Plan
 from peer.state.task import TERMINAL
 from simulations.policy.heap import Heap
 from simulations.policy.invariants import Checker
@@ -202,3 +203,5 @@ class Owners:
             self._checker.refused(error)
         elif isinstance(answer, asks.UnloadReply) and answer.requeued_tasks:
             self._sometimes.saw("forced unload")
+        elif isinstance(answer, Plan) and answer.status == "initiated":
+            self._sometimes.saw("rebalance began")
