@@ -61,6 +61,7 @@ def setup(
         renderer = structlog.dev.ConsoleRenderer(colors=out.isatty(), sort_keys=False)
     structlog.configure(
         processors=[_below_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.NOTSET),  # the level is ours to change
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=True,
     )

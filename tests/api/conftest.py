@@ -18,7 +18,13 @@ from api.serve import serve
 from peer.config import Api, Config, Limits
 from tests.api.fake_cluster import FakeClock, FakeCluster, token
 
-structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Refusals are what these tests provoke; their log lines would bury the failures."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    yield
+    structlog.reset_defaults()
 
 
 def eventually(condition: Callable[[], Any], within_s: float = 10.0) -> Any:
