@@ -251,7 +251,8 @@ class Executor:
     async def _report_periodically(self) -> None:
         while True:
             await trio.sleep(self._interval_s)
+            behind = bool(self._reports)  # a leader that is behind need not hear outcomes again
             for worker in self._workers.values():
-                if not self._reports:  # a leader that is behind need not hear them again
+                if not behind:
                     worker.report_outcomes_again()
                 self.report_state(worker)

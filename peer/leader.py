@@ -441,7 +441,7 @@ class Leader:
         else:
             work.take(decision)
             if isinstance(message, WorkerReported):  # a restart may be over before the next tick
-                work.take(recover.announce(self._snapshot, work.now))
+                work.take(recover.announce(self._snapshot, work.now, [message.report.worker_id]))
 
     def _decide_tick(self, work: Batch) -> None:
         snapshot, now = self._snapshot, work.now

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from msgspec.structs import replace as changed
 
 from peer.decide.admit import stop
@@ -117,10 +119,10 @@ def hopeless(snapshot: Snapshot, now: float) -> Decision:
     return decision
 
 
-def announce(snapshot: Snapshot, now: float) -> Decision:
-    """Tell of every worker whose status has changed since clients were last told."""
+def announce(snapshot: Snapshot, now: float, worker_ids: Iterable[str] | None = None) -> Decision:
+    """Tell of every worker, or of those named, whose status has changed since clients were last told."""
     decision = Decision()
-    for worker_id in snapshot.workers:
+    for worker_id in snapshot.workers if worker_ids is None else worker_ids:
         is_now, was = status(snapshot, worker_id, now), snapshot.shown_status.get(worker_id)
         if is_now == was:
             continue

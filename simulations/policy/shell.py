@@ -266,7 +266,7 @@ class SimLeader:
             else:
                 self._take(work, "report", item)
                 if isinstance(item, WorkerReported):
-                    self._take(work, "announce")
+                    self._take(work, "announce", [item.report.worker_id])
         if not batch:
             self._decide_tick(work)
         self._take(work, "schedule")

@@ -15,7 +15,7 @@ from peer.state.metric import Bucket, Counts
 from peer.state.model import Assignment, ReplicaState
 from peer.state.order import LoadReplica
 from peer.state.plan import Move, Plan
-from peer.state.snapshot import Save
+from peer.state.snapshot import Drain, Save
 from tests.decide.build import CATALOGUE, ECHO, GIB, SMALL, T0, World, device, replica, worker_report
 
 
@@ -207,6 +207,22 @@ def test_a_new_leader_judges_a_move_only_once_it_has_heard_of_both_workers() -> 
     assert advance(world).state == "draining"
     world.later(6.5)
     assert advance(world).state == "done"
+
+
+def test_a_target_that_is_lost_gives_its_source_back() -> None:
+    world = begun(state="draining", started_at=T0)
+    world.take(Decision(changes=[Drain("w1", "echo", wanted=True)]))
+    move = advance(world)
+    assert (move.state, move.reason) == ("failed", "w2 lost it")
+    assert ("w1", "echo") not in world.s.draining
+
+
+def test_an_owner_who_unloads_the_target_ends_the_move() -> None:
+    world = begun(state="draining", started_at=T0)
+    world.hear(worker_report("w2", replica("echo")))
+    world.take(Decision(changes=[Drain("w2", "echo", wanted=True)]))
+    move = advance(world)
+    assert (move.state, move.reason) == ("failed", "w2 is to unload it")
 
 
 def test_no_wish_no_change_of_wishes() -> None:

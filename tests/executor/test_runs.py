@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 import trio
 
@@ -16,7 +17,7 @@ from peer.state.order import (
     WorkerReported,
 )
 from peer.state.worker import EngineState
-from tests.executor.rig import ECHO, QUICK, rig, until
+from tests.executor.rig import ECHO, FAKE, QUICK, rig, until
 
 pytestmark = pytest.mark.process
 
@@ -78,6 +79,17 @@ async def test_an_outcome_is_reported_again_until_it_is_forgotten(monkeypatch: p
         await it.sink.wait(lambda r: isinstance(r, WorkerReported) and not r.report.running, start)
         await trio.sleep(0.3)
         assert not any(isinstance(r, AttemptFinished) for r in it.sink.seen[start:])
+
+
+async def test_outcomes_of_every_worker_are_reported_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peer.hosted.OUTCOME_AGAIN_S", 0.1)
+    devices = (FAKE, msgspec.structs.replace(FAKE, label="fake1"))
+    async with rig(load=False, devices=devices, report_interval_s=0.05) as it:
+        it.worker_id = "p1-fake1"  # not the first one
+        await it.load()
+        await it.run()
+        first = await it.outcome()
+        assert await it.outcome(start=it.sink.seen.index(first) + 1) == first
 
 
 async def test_cancelling_frees_the_slot_without_a_report() -> None:
