@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from typing import Final
 
-# requests
+# requests; those of a task's parameters stand with them in peer.state.task
 BODY_BYTES_MAX: Final = 4 * 1024 * 1024
-PROMPT_CHARS_MAX: Final = 1_000_000
-MESSAGES_MAX: Final = 1_000
-STOP_STRINGS_MAX: Final = 16
-STOP_CHARS_MAX: Final = 256
-TOKENS_MAX: Final = 131_072  # max_tokens of one task
 NAME_CHARS_MAX: Final = 128  # model names, owners, ids
 IDEMPOTENCY_KEY_CHARS_MAX: Final = 256
 WAIT_S_MAX: Final = 300.0  # long polls

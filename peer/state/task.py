@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from enum import Enum, StrEnum
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta
@@ -164,7 +164,14 @@ class Idempotency(Record, frozen=True):
 
 # ------------------------------------------------------------------ parameters of the task types
 
-Text = Annotated[str, Meta(max_length=1_000_000)]
+PROMPT_CHARS_MAX: Final = 1_000_000
+MESSAGES_MAX: Final = 1_000
+STOP_STRINGS_MAX: Final = 16
+STOP_CHARS_MAX: Final = 256
+TOKENS_MAX: Final = 131_072
+
+Text = Annotated[str, Meta(max_length=PROMPT_CHARS_MAX)]
+StopText = Annotated[str, Meta(min_length=1, max_length=STOP_CHARS_MAX)]
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -177,20 +184,13 @@ class TextGeneration(
 ):
     """Parameters of a `text_generation` task: exactly one of `prompt` and `messages`."""
 
-    prompt: Annotated[str, Meta(min_length=1, max_length=1_000_000)] | None = None
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=1_000)] | None = None
-    max_tokens: Annotated[int, Meta(ge=1, le=131_072)] = 256
+    prompt: Annotated[str, Meta(min_length=1, max_length=PROMPT_CHARS_MAX)] | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MESSAGES_MAX)] | None = None
+    max_tokens: Annotated[int, Meta(ge=1, le=TOKENS_MAX)] = 256
     temperature: Annotated[float, Meta(ge=0.0, le=2.0)] = 0.7
     top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     top_k: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
     repetition_penalty: Annotated[float, Meta(ge=0.1, le=10.0)] = 1.0
-    stop: (
-        Annotated[str, Meta(min_length=1, max_length=256)]
-        | Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=16)]
-        | None
-    ) = None
+    stop: StopText | Annotated[list[StopText], Meta(max_length=STOP_STRINGS_MAX)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     stream: bool = False
-
-
-TASK_TYPES: Mapping[str, type[msgspec.Struct]] = MappingProxyType({"text_generation": TextGeneration})

@@ -38,13 +38,6 @@ class FaultPlan:
         chance = self.chances.get(name)
         return chance is not None and not self.over and rng.random() < chance
 
-    @property
-    def orderly(self) -> bool:
-        """Whether what the leader knows of a worker is never older than its links' normal delay."""
-        stale = ("report_lost", "report_late", "order_lost", "order_late", "peer_freeze", "peer_crash")
-        leader = ("leader_crash", "commit_fails", "commit_ambiguous", "crash_after_commit")
-        return not any(self.knows(name) for name in (*stale, *leader, "foreign_memory", "memory_surprise"))
-
 
 def draw(rng: random.Random, hosts: int) -> FaultPlan:
     """Rates grow with the cluster, by its square root: each host sees fewer faults in a large one."""
