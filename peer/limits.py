@@ -30,6 +30,25 @@ MOVES_MAX: Final = 16  # of one rebalance
 WORKER_SILENT_S: Final = 6.0  # a worker without a report is offline
 RETENTION_BATCH: Final = 200  # finished tasks forgotten per tick
 
+# leadership
+LEASE_TTL_S: Final = 5.0
+BEAT_S: Final = 0.5  # the leader's fenced beats
+GUARD_S: Final = 1.5  # a leader whose beat has not moved for so long, seen twice, may be deposed on evidence
+READ_FRESH_S: Final = 1.0  # an acknowledged beat begun no longer ago vouches for reads; less than GUARD_S
+STEP_DOWN_S: Final = 3.0  # without an acknowledged beat; less than LEASE_TTL_S
+STORE_CALL_S_MAX: Final = 2.0  # one call of a store over the network
+
+# link
+DIAL_S_MAX: Final = 1.0
+PING_S: Final = 0.5
+LINK_SILENT_S: Final = 3.0  # a connection that brings nothing for so long is broken
+FRAME_BYTES_MAX: Final = 8 * 1024 * 1024
+FRAMES_WAITING_MAX: Final = 1_024  # for one peer
+CALLS_MAX: Final = 1_024  # forwarded by one peer and not yet answered
+HOLD_S_MAX: Final = 10.0  # a request waits so long for a leader
+GOSSIP_POLL_S: Final = 0.5
+TAGS_BYTES_MAX: Final = 512
+
 # keys
 KEYS_MAX: Final = 10_000
 REQUESTS_PER_HOUR: Final = 1_000

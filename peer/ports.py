@@ -6,15 +6,17 @@ Adapters under `peer.adapters` implement these; simulations put their own behind
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
 import msgspec
+from trio import TASK_STATUS_IGNORED, TaskStatus
 
 from peer.state.command import Request, StreamItem
 from peer.state.event import Event
 from peer.state.key import ApiKey
+from peer.state.member import Member
 from peer.state.model import Model
 from peer.state.order import Order, Report
 
@@ -51,7 +53,7 @@ Write = Put | Delete
 
 
 class Compare(msgspec.Struct, frozen=True):
-    """Holds if the key's field equals `value`. A key that does not exist has revisions 0 and value b""."""
+    """Holds if the key's field equals `value`. A key that does not exist has revisions 0 and no value at all."""
 
     key: str
     field: Literal["create_revision", "mod_revision", "value"]
@@ -82,7 +84,8 @@ class Lease(msgspec.Struct, frozen=True):
     ttl_s: float
 
 
-LEADER_KEY = "leader"
+LEADER_KEY = "leader"  # under the leader's lease; its create-revision is the epoch
+BEAT_KEY = "beat"  # written by the leader every limits.BEAT_S, fenced: it moves while that leader can write
 
 
 class Store(Protocol):
@@ -105,12 +108,18 @@ class Store(Protocol):
     async def txn(
         self, compare: Sequence[Compare], then: Sequence[Write], orelse: Sequence[Write] = ()
     ) -> TxnResult:
-        """If every comparison holds write `then`, else `orelse`; durable on return. Raises Ambiguous, StoreBroken."""
+        """If every comparison holds write `then`, else `orelse`; durable on return.
+
+        One transaction writes a key at most once: a second write of it raises ValueError. Raises Ambiguous (it may
+        still take effect later), Unavailable (it was not sent), StoreBroken.
+        """
 
     async def commit(self, epoch: int, writes: Sequence[Write]) -> int:
         """Write if LEADER_KEY's create-revision is `epoch`; durable on return, which is the new revision.
 
-        Raises Fenced (nothing was written), Ambiguous, StoreBroken.
+        After Ambiguous the same writes may be committed again until that returns: they take effect once, and never
+        after a later commit has. Other writes raise ValueError until then. One commit at a time. Raises Fenced (this
+        epoch writes no more; what was ambiguous stays so), Ambiguous, Unavailable (not sent), StoreBroken.
         """
 
     def watch(self, prefix: str, from_revision: int) -> AbstractAsyncContextManager[AsyncIterator[Batch]]:
@@ -149,6 +158,50 @@ class Entropy(Protocol):
 
 
 # ------------------------------------------------------------------------------------------------ peers
+
+
+class Gossip(Protocol):
+    """Who is there, as far as anybody knows: a hint, late or wrong at times, never authority. Serf's semantics."""
+
+    async def members(self) -> tuple[Member, ...]:
+        """All members known to the local agent, this peer among them. Raises Unavailable when the agent is."""
+
+    async def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Replace this peer's tags, 512 bytes in all; others see them some seconds later. Raises Unavailable."""
+
+
+class Connection(Protocol):
+    """An ordered, authenticated channel of frames to one peer: TCP and TLS, so nothing is lost but its end."""
+
+    peer_id: str
+    """The other side's, proven."""
+
+    async def send(self, frame: bytes) -> None:
+        """Hand a frame over, in order; waits while the other side does not read. Returning is no proof of arrival.
+
+        Raises Unavailable once the connection is broken.
+        """
+
+    async def receive(self) -> bytes:
+        """The next frame. Raises Unavailable when the connection is broken or the other side has ended it."""
+
+    async def aclose(self) -> None:
+        """End it; what was handed over may still arrive. Never waits for the other side."""
+
+
+class Network(Protocol):
+    """Connections between peers."""
+
+    async def dial(self, peer_id: str, address: str) -> Connection:
+        """A new connection to that peer. Raises Unavailable within limits.DIAL_S_MAX."""
+
+    async def listen(
+        self,
+        accept: Callable[[Connection], Awaitable[None]],
+        *,
+        task_status: TaskStatus[None] = TASK_STATUS_IGNORED,
+    ) -> None:
+        """Until cancelled: run `accept` for every connection that comes in, and close it when that returns."""
 
 
 class Link(Protocol):
