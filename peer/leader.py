@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -65,6 +65,29 @@ def _size(item: _Pending | Report) -> int:
     return len(item.generated_text) if isinstance(item, AttemptFinished) else 0
 
 
+class Voucher(Protocol):
+    """Whether this peer's memory is still the newest: peer.election.Leadership. `lost` says why it leads no more."""
+
+    lost: str
+
+    def fresh(self) -> bool: ...
+
+    async def renewed(self) -> None:
+        """Until `fresh` may have changed."""
+
+
+class Alone:
+    """The voucher of a store that no other peer can reach."""
+
+    lost = ""
+
+    def fresh(self) -> bool:
+        return True
+
+    async def renewed(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+
 @dataclass(frozen=True, slots=True)
 class _First:
     """The answer to a repeated idempotency key: the task that the first request made."""
@@ -84,7 +107,9 @@ class Leader:
         clock: Clock,
         entropy: Entropy,
         streams: StreamHub,
+        voucher: Voucher | None = None,
     ) -> None:
+        self._voucher = voucher or Alone()
         self._snapshot = snapshot
         self._journal = journal
         self._store = store
@@ -171,11 +196,18 @@ class Leader:
 
     @asynccontextmanager
     async def _settled(self) -> AsyncIterator[None]:
-        """While nothing is in flight: what the snapshot says is durable. Raises Unavailable when this is over."""
+        """While nothing is in flight and no other peer can have led since: what the snapshot says is durable and the
+        newest. Raises Unavailable when this is over."""
         async with self._committing:
-            if self._over:
-                raise _no_leader()
+            await self._confirm()
             yield
+
+    async def _confirm(self) -> None:
+        """Wait until this is certainly the leader. Raises Unavailable when it is not."""
+        while not self._over and not self._voucher.lost and not self._voucher.fresh():
+            await self._voucher.renewed()
+        if self._over or self._voucher.lost:
+            raise _no_leader()
 
     def _read(self, query: asks.Query) -> Any:
         now = self._clock.wall()
@@ -325,6 +357,8 @@ class Leader:
             work.count_ended()
             work.take(retain.forget_events(self._snapshot))
             await self._commit(work.writes)
+            if commands and not work.writes:  # refusals and repeats tell what memory says, as queries do
+                await self._confirm()
         await self._carry_out(work, commands)
 
     async def _commit(self, writes: StoreWrites) -> None:

@@ -1,0 +1,95 @@
+"""Who may lead, and when: a voter's decisions about the leader key, and a leader's about itself.
+
+The store alone gives authority: whoever holds the leader key leads, and the key's create-revision is the epoch. A
+leader writes a fenced beat every BEAT_S. The key goes when its lease ends; evidence that the leader is gone only hurries
+that up, and only past the *silence guard*: a voter removes another's key in one transaction that holds if the beat is
+still the one it had read at least GUARD_S before. A leader that can write can therefore not be deposed by those who
+merely cannot see it.
+
+What follows for reads: a leader that began a beat at time t, acknowledged later, has not been deposed before
+t + GUARD_S. So until t + READ_FRESH_S, with READ_FRESH_S < GUARD_S, its memory is the newest there is. (Durations only:
+no two clocks are compared. The difference of the two bounds allows clocks to differ in rate by a third.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from peer.limits import GUARD_S, READ_FRESH_S, STEP_DOWN_S
+
+_LOOK_S = 1.0  # how often a voter without evidence looks at the leader key
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """The leader key and the beat as one linearizable read showed them; `ended` is when it had returned."""
+
+    epoch: int  # 0: nobody leads
+    holder: str
+    beat_revision: int  # 0: never beaten
+    ended: float
+
+
+@dataclass(frozen=True, slots=True)
+class Guard:
+    """This beat of this epoch was already there at `since`."""
+
+    epoch: int
+    beat_revision: int
+    since: float
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Look again after so long, or as soon as there is new evidence."""
+
+    seconds: float
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Campaign:
+    """Put the leader key if nobody has."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Depose:
+    """Delete the leader key if it is of this epoch and, unless `beat_revision` is None, the beat has not moved."""
+
+    epoch: int
+    beat_revision: int | None
+    reason: str
+
+
+Action = Wait | Campaign | Depose
+
+
+def candidate(peer_id: str, seen: Seen, guard: Guard | None, evidence: str, now: float) -> tuple[Guard | None, Action]:
+    """What a voter that does not lead does next. `evidence`: why the holder is believed gone, "" if it is not.
+
+    The guard is what to remember until the next look.
+    """
+    if seen.epoch == 0:
+        return None, Campaign("nobody leads")
+    if seen.holder == peer_id:
+        return None, Depose(seen.epoch, None, "the leadership of an earlier life of this peer")
+    if not evidence:
+        return None, Wait(_LOOK_S, f"{seen.holder} leads under epoch {seen.epoch}")
+    if guard is None or (guard.epoch, guard.beat_revision) != (seen.epoch, seen.beat_revision):
+        guard = Guard(seen.epoch, seen.beat_revision, seen.ended)
+    left = guard.since + GUARD_S - now
+    if left > 0:
+        return guard, Wait(left, f"{seen.holder} may be gone ({evidence}): is its beat still?")
+    return guard, Depose(seen.epoch, seen.beat_revision, f"{evidence}, and no beat for {GUARD_S:g} s")
+
+
+def vouched(beat_begun: float, now: float) -> bool:
+    """Whether an acknowledged beat that was begun then vouches for what a leader reads in its memory now."""
+    return now - beat_begun < READ_FRESH_S
+
+
+def must_step_down(beat_begun: float, now: float) -> bool:
+    """Whether a leader has been without an acknowledged beat for too long to go on."""
+    return now - beat_begun >= STEP_DOWN_S

@@ -1,0 +1,76 @@
+"""What a peer tells others of itself in its gossip tags, and what it concludes from theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from peer.limits import TAGS_BYTES_MAX
+from peer.state.member import Member
+
+_OPTIONAL = ("load", "version")  # left out, in this order, when the tags are too long
+
+
+@dataclass(frozen=True, slots=True)
+class Hint:
+    """Who leads, as far as gossip knows."""
+
+    peer_id: str
+    epoch: int
+
+
+def tags(
+    *, role: str, epoch: int, api: str, link: str, voter: bool, wire: int, version: str, load: str = ""
+) -> dict[str, str]:
+    """At most TAGS_BYTES_MAX bytes of keys and values: what is optional goes first.
+
+    Raises ValueError if the addresses alone are too long.
+    """
+    wanted = {
+        "role": role,
+        "epoch": str(epoch),
+        "api": api,
+        "link": link,
+        "voter": "1" if voter else "0",
+        "wire": str(wire),
+        "version": version,
+        "load": load,
+    }
+    for name in _OPTIONAL:
+        if _size(wanted) > TAGS_BYTES_MAX:
+            del wanted[name]
+    if _size(wanted) > TAGS_BYTES_MAX:
+        raise ValueError(f"the tags take {_size(wanted)} bytes of {TAGS_BYTES_MAX}: the addresses are too long")
+    return wanted
+
+
+def _size(wanted: Mapping[str, str]) -> int:
+    """With what their encoding adds, at most: two length bytes each side."""
+    return sum(len(name.encode()) + len(value.encode()) + 4 for name, value in wanted.items())
+
+
+def leader(members: Iterable[Member]) -> Hint | None:
+    """The living member that says it leads under the highest epoch. Tags are others' text: nonsense is passed over."""
+    hints = [
+        Hint(member.peer_id, int(epoch))
+        for member in members
+        if member.status == "alive"
+        and member.tags.get("role") == "leader"
+        and (epoch := member.tags.get("epoch", "")).isascii()
+        and epoch.isdigit()
+        and len(epoch) < 20
+    ]
+    return max(hints, key=lambda hint: (hint.epoch, hint.peer_id), default=None)
+
+
+def changes(before: Mapping[str, Member], after: Mapping[str, Member]) -> tuple[Member, ...]:
+    """Members whose status is another than before, in order of name; who is not listed any more has left."""
+    gone = [
+        Member(peer_id=name, address=member.address, status="left", tags=member.tags)
+        for name, member in before.items()
+        if name not in after and member.status != "left"
+    ]
+    new = [
+        member for name, member in after.items() if name not in before or before[name].status != member.status
+    ]
+    return tuple(sorted([*gone, *new], key=lambda member: member.peer_id))

@@ -1,0 +1,98 @@
+"""One connection between two peers in use: frames go out in order, pings keep it alive, silence ends it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+from peer import limits
+from peer.errors import Unavailable
+from peer.link import wire
+from peer.ports import Connection
+
+_PING = wire.encode(wire.Ping())
+
+
+class Session:
+    """`post` never waits; `frames` yields what the other side says. Either raises Unavailable once it is broken."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._send, self._outbox = trio.open_memory_channel[bytes](limits.FRAMES_WAITING_MAX)
+        self._broken = ""
+        self._over = trio.Event()
+
+    @property
+    def peer_id(self) -> str:
+        return self._connection.peer_id
+
+    def post(self, frame: wire.Frame) -> None:
+        """Put a frame in line. One side that does not read for long is cut off: nothing is dropped in between."""
+        if self._broken:
+            raise Unavailable(self._broken, code="link_broken")
+        data = wire.encode(frame)
+        if len(data) > limits.FRAME_BYTES_MAX:
+            raise Unavailable(f"a {type(frame).__name__} of {len(data)} bytes is too large", code="too_large")
+        try:
+            self._send.send_nowait(data)
+        except trio.WouldBlock:
+            self.end(f"{self.peer_id} does not read")
+            raise Unavailable(self._broken, code="link_broken") from None
+
+    def end(self, why: str) -> None:
+        """Break it; `serve` returns."""
+        if not self._broken:
+            self._broken = why
+            self._over.set()
+
+    @asynccontextmanager
+    async def serve(self) -> AsyncIterator[AsyncIterator[wire.Frame]]:
+        """While open, frames go out, and come in from the iterator, which ends with the session."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._write)
+            nursery.start_soon(self._close_when_over, nursery.cancel_scope)
+            try:
+                yield self._frames()
+            except Unavailable as error:
+                self.end(error.message)
+            finally:
+                self.end("this side has ended it")
+                nursery.cancel_scope.cancel()
+                with trio.CancelScope(shield=True):  # does not wait, by its contract
+                    await self._connection.aclose()
+
+    async def _close_when_over(self, scope: trio.CancelScope) -> None:
+        await self._over.wait()
+        scope.cancel()
+
+    async def _frames(self) -> AsyncIterator[wire.Frame]:
+        while True:
+            frame = wire.decode(await receive(self._connection))
+            if not isinstance(frame, wire.Ping):
+                yield frame
+
+    async def _write(self) -> None:
+        while True:
+            data = _PING
+            with trio.move_on_after(limits.PING_S):
+                data = await self._outbox.receive()
+            with trio.move_on_after(limits.LINK_SILENT_S) as patience:
+                try:
+                    await self._connection.send(data)
+                except Unavailable as error:
+                    self.end(error.message)
+                    return
+            if patience.cancelled_caught:
+                self.end(f"{self.peer_id} has not read for {limits.LINK_SILENT_S:g} s")
+                return
+
+
+async def receive(connection: Connection) -> bytes:
+    """The next frame. Raises Unavailable when none comes within limits.LINK_SILENT_S."""
+    with trio.move_on_after(limits.LINK_SILENT_S):
+        return await connection.receive()
+    raise Unavailable(
+        f"nothing heard from {connection.peer_id} for {limits.LINK_SILENT_S:g} s", code="link_silent"
+    )
