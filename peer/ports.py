@@ -86,6 +86,7 @@ class Lease(msgspec.Struct, frozen=True):
 
 LEADER_KEY = "leader"  # under the leader's lease; its create-revision is the epoch
 BEAT_KEY = "beat"  # written by the leader every limits.BEAT_S, fenced: it moves while that leader can write
+BATCH_KEY = "batch"  # of stores over a network: written by every commit, so that none takes effect twice
 
 
 class Store(Protocol):
@@ -208,14 +209,14 @@ class Link(Protocol):
     """The leader's way to the peers' executors."""
 
     async def send(self, peer_id: str, order: Order) -> None:
-        """Hand over an order, in order. Raises Unavailable when the peer cannot be reached."""
+        """Hand over an order, in order and without waiting. Raises Unavailable when the peer cannot be reached."""
 
 
 class ReportSink(Protocol):
     """An executor's way to the leader."""
 
     async def report(self, report: Report) -> None:
-        """Hand over a report; waits while the leader is behind."""
+        """Hand over a report; waits while the leader is behind, or while there is none."""
 
 
 # ------------------------------------------------------------------------------------------------ API
