@@ -16,6 +16,10 @@ class InvariantViolated(Exception):
         self.message = message
         self.at_s = at_s
 
+    def __reduce__(self) -> tuple[type[InvariantViolated], tuple[str, str, float]]:
+        """From one process to another: an exception is remade from what made it."""
+        return InvariantViolated, (self.check, self.message, self.at_s)
+
 
 class SimulatorError(Exception):
     """A bug in `simulations/`, never one of the product."""

@@ -27,6 +27,7 @@ def shrink(
     scenario: Scenario,
     fails: Fails,
     *,
+    failed_at_s: float | None = None,
     runs_max: int = RUNS_MAX,
     limit_s: float = LIMIT_S,
     clock: Callable[[], float] = time.monotonic,
@@ -34,9 +35,11 @@ def shrink(
     """A scenario that fails too, as short as `runs_max` runs and `limit_s` seconds find it.
 
     If both suffice, nothing can be taken away alone: no fault, and no operation with what refers to it. `scenario`
-    is taken to fail; `fails` must be a function of its argument.
+    is taken to fail, at `failed_at_s` if that is known; `fails` must be a function of its argument.
     """
-    return Shrinker(scenario, fails, runs_max=runs_max, limit_s=limit_s, clock=clock).run()
+    return Shrinker(
+        scenario, fails, failed_at_s=failed_at_s, runs_max=runs_max, limit_s=limit_s, clock=clock
+    ).run()
 
 
 class Shrinker:
@@ -47,6 +50,7 @@ class Shrinker:
         scenario: Scenario,
         fails: Fails,
         *,
+        failed_at_s: float | None = None,
         runs_max: int = RUNS_MAX,
         limit_s: float = LIMIT_S,
         clock: Callable[[], float] = time.monotonic,
@@ -55,6 +59,7 @@ class Shrinker:
         self.runs = 0
         self.exhausted = False
         self._fails = fails
+        self._failed_at_s = failed_at_s
         self._runs_max = runs_max
         self._clock = clock
         self._until = clock() + limit_s
@@ -62,6 +67,8 @@ class Shrinker:
 
     def run(self) -> Scenario:
         """What takes most away comes first; all of it again until nothing more can go."""
+        if self._failed_at_s is not None:
+            self._cut(self._failed_at_s)
         before = None
         while before != self.scenario and not self.exhausted:
             before = self.scenario
@@ -87,6 +94,13 @@ class Shrinker:
         if known:
             self.scenario = candidate
         return known
+
+    def _cut(self, at_s: float) -> None:
+        """What came after the failure has no part in it."""
+        ops = [i for i, op in enumerate(self.scenario.ops) if op.at_s <= at_s]
+        faults = tuple(fault for fault in self.scenario.faults if fault.at_s <= at_s)
+        end = min(self.scenario.fault_s, at_s + _TAIL_S)
+        self._try(replace(with_ops(self.scenario, ops), faults=faults, fault_s=end))
 
     def _fewer_faults(self) -> None:
         self._ddmin(lambda: self.scenario.faults, lambda kept: replace(self.scenario, faults=tuple(kept)))

@@ -118,6 +118,14 @@ def test_time_is_bounded() -> None:
     assert shrinker.runs == 0
 
 
+def test_what_came_after_the_failure_goes_at_once() -> None:
+    shrinker = Shrinker(bad_day(), lambda s: len(s.faults) >= 6, failed_at_s=5.0, runs_max=1)
+    least = shrinker.run()
+    assert [fault.at_s for fault in least.faults] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [op.at_s for op in least.ops] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    assert least.fault_s == 6.0
+
+
 def test_the_same_scenario_is_not_run_twice() -> None:
     seen: list[Scenario] = []
 
