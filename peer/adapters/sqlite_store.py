@@ -22,8 +22,8 @@ Other processes may open the file and write to it safely, but this store learns 
 its own next write: its watchers then get Compacted. Every process that has the file open ends leases by its
 own clock.
 
-Several writes to one key in a transaction count as the last of them alone. A transaction that changes
-nothing, such as the deletion of a missing key, makes no revision.
+A transaction that changes nothing, such as the deletion of a missing key, makes no revision. A commit is never
+ambiguous: its outcome is known, or the store is broken.
 
 Figures (two shared virtual cores, virtual disk, Python 3.11, values of 300 bytes; one run): 1,700 commits/s
 one after another; 12,600/s from 32 writers and 18,600/s from 256, a record each; 83,000 records/s at 256 a
@@ -160,6 +160,9 @@ class _LeaseState:
 def _size(writes: Sequence[Write], compares: Sequence[Compare] = ()) -> int:
     """Bytes of a request. Refuses one that SQLite could not take, before it can spoil its group."""
     nbytes = 0
+    keys = {write.key for write in writes}
+    if len(keys) != len(writes):
+        raise ValueError("a transaction writes a key at most once")
     for compare in compares:
         if compare.field not in COMPARE_FIELDS:
             raise ValueError(f"no field {compare.field}")
@@ -359,7 +362,7 @@ class SqliteStore:
             succeeded = all(transaction.holds(each) for each in compare)
             return TxnResult(succeeded, transaction.write(then if succeeded else orelse))
 
-        return await self._write(Job(work, _size([*then, *orelse], compare)))
+        return await self._write(Job(work, max(_size(then, compare), _size(orelse))))
 
     async def commit(self, epoch: int, writes: Sequence[Write]) -> int:
         def work(transaction: Transaction) -> int:

@@ -144,7 +144,7 @@ class Transaction:
 
     def holds(self, compare: Compare) -> bool:
         row = self._execute(f"SELECT {compare.field} FROM kv WHERE key = ?", (compare.key,)).fetchone()
-        missing = b"" if compare.field == "value" else 0
+        missing = None if compare.field == "value" else 0
         return bool((missing if row is None else row[0]) == compare.value)
 
     def require_epoch(self, epoch: int) -> None:
@@ -152,14 +152,12 @@ class Transaction:
             raise Fenced(f"epoch {epoch} no longer leads")
 
     def write(self, writes: Iterable[Write]) -> int:
-        last: dict[str, Write] = {}
-        for write in writes:
-            last.pop(write.key, None)
-            last[write.key] = write
-        self._require_leases(last.values())
+        """Of each key at most one."""
+        self._require_leases(writes)
         changes = []
         revision = self.revision + 1
-        for key, write in last.items():
+        for write in writes:
+            key = write.key
             if isinstance(write, Put):
                 self._execute(UPSERT, (key, revision, revision, write.lease, write.value))
                 changes.append(Change(key, write.value))

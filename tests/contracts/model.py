@@ -1,4 +1,7 @@
-"""What contract tests do to a store, and a plain dict that does the same."""
+"""What contract tests do to a store, and a plain dict that does the same.
+
+BATCH_KEY is a store's own: it may be written by every commit or by none. `values` leaves it out.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,15 @@ import trio
 from hypothesis import strategies as st
 
 from peer.errors import Fenced
-from peer.ports import LEADER_KEY, Batch, Compare, Delete, KeyValue, Put, Store, Write
+from peer.ports import BATCH_KEY, LEADER_KEY, Batch, Compare, Delete, KeyValue, Put, Store, Write
 
 Field = Literal["create_revision", "mod_revision", "value"]
 KEYS = st.sampled_from(["a", "a/b", "a/c", "b", "ß", "\U0001f600", LEADER_KEY])
 BOUNDS = st.sampled_from(["", "a", "a/", "a0", "b", "l", "z", "\U0010ffff"])
 VALUES = st.binary(max_size=4)
-WRITES = st.lists(st.builds(Put, KEYS, VALUES) | st.builds(Delete, KEYS), max_size=4)
+WRITES = st.lists(
+    st.builds(Put, KEYS, VALUES) | st.builds(Delete, KEYS), max_size=4, unique_by=lambda write: write.key
+)
 PATIENCE_S = 10.0  # of real time
 
 
@@ -25,7 +30,8 @@ async def put(store: Store, key: str, value: bytes = b"v", lease: int = 0) -> in
 
 
 async def values(store: Store, start: str = "", end: str = "\U0010ffff") -> dict[str, bytes]:
-    return {item.key: item.value for item in (await store.range(start, end)).items}
+    items = (await store.range(start, end)).items
+    return {item.key: item.value for item in items if item.key != BATCH_KEY}
 
 
 async def one(store: Store, key: str) -> KeyValue | None:
@@ -57,13 +63,12 @@ class Model:
         self.revision = revision
         self.items: dict[str, KeyValue] = {}
 
-    def field(self, key: str, field: str) -> int | bytes:
+    def field(self, key: str, field: str) -> int | bytes | None:
         item = self.items.get(key)
-        return (b"" if field == "value" else 0) if item is None else getattr(item, field)
+        return (None if field == "value" else 0) if item is None else getattr(item, field)
 
     def write(self, writes: list[Write]) -> int:
-        last = {write.key: write for write in writes}
-        changing = [write for write in last.values() if isinstance(write, Put) or write.key in self.items]
+        changing = [write for write in writes if isinstance(write, Put) or write.key in self.items]
         self.revision += bool(changing)
         for write in changing:
             old = self.items.pop(write.key, None)
@@ -98,23 +103,35 @@ async def check_against_model(store: Store, data: st.DataObject) -> None:
 async def check_transaction(store: Store, model: Model, data: st.DataObject) -> None:
     writes = data.draw(WRITES)
     if data.draw(st.booleans()):
-        epoch = data.draw(st.sampled_from([0, 1, int(model.field(LEADER_KEY, "create_revision"))]))
-        if epoch and epoch == model.field(LEADER_KEY, "create_revision"):
-            assert await store.commit(epoch, writes) == model.write(writes)
-        else:
-            with pytest.raises(Fenced):
-                await store.commit(epoch, writes)
+        await check_commit(store, model, data, writes)
         return
     compares, holds = [], True
     for key in data.draw(st.lists(KEYS, max_size=2)):
         field: Field = data.draw(st.sampled_from(["create_revision", "mod_revision", "value"]))
         wrong = b"none has this" if field == "value" else 1 << 40
         right = data.draw(st.sampled_from([True, True, False]))
-        compares.append(Compare(key, field, model.field(key, field) if right else wrong))
-        holds = holds and right
+        there = model.field(key, field)
+        compares.append(Compare(key, field, there if right and there is not None else wrong))
+        holds = holds and right and there is not None
     orelse = data.draw(WRITES)
     done = await store.txn(compares, writes, orelse)
     assert (done.succeeded, done.revision) == (holds, model.write(writes if holds else orelse))
+
+
+async def check_commit(store: Store, model: Model, data: st.DataObject, writes: list[Write]) -> None:
+    leads = model.field(LEADER_KEY, "create_revision")
+    epoch = data.draw(st.sampled_from([0, 1, leads]))
+    assert isinstance(epoch, int)
+    if not epoch or epoch != leads:
+        with pytest.raises(Fenced):
+            await store.commit(epoch, writes)
+        return
+    revision = await store.commit(epoch, writes)
+    batch = await one(store, BATCH_KEY) if writes else None
+    if batch is not None:
+        assert batch.mod_revision == revision
+        writes = [*writes, Put(BATCH_KEY, batch.value)]
+    assert revision == model.write(writes)
 
 
 async def check_reads(store: Store, model: Model, data: st.DataObject) -> None:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from peer.errors import Compacted, Fenced, NotFound
-from peer.ports import LEADER_KEY, Batch, Change, Compare, Delete, KeyValue, Put, Store
+from peer.ports import BEAT_KEY, LEADER_KEY, Batch, Change, Compare, Delete, KeyValue, Put, Store
 from tests.contracts.model import check_against_model, gone, lead, one, put, take, values
 
 TTL_S = 4.0  # etcd's least is 2
@@ -125,13 +125,20 @@ class StoreContract:
         assert await one(store, "a") == KeyValue("a", b"v", third, third)
         assert third == first + 2
 
-    async def test_of_several_writes_to_one_key_the_last_counts(self, store: Store) -> None:
-        first = await put(store, "a", b"0")
-        revision = (
-            await store.txn((), [Put("a", b"1"), Put("b", b"1"), Delete("b"), Put("a", b"2")])
-        ).revision
-        assert await one(store, "a") == KeyValue("a", b"2", first, revision)
-        assert await one(store, "b") is None
+    async def test_a_transaction_writes_a_key_once(self, store: Store) -> None:
+        epoch = await lead(store)
+        revision = await put(store, "a", b"0")
+        for twice in ([Put("a", b"1"), Put("b", b"1"), Put("a", b"2")], [Delete("a"), Put("a", b"1")]):
+            with pytest.raises(ValueError, match="once"):
+                await store.txn((), twice)
+            with pytest.raises(ValueError, match="once"):
+                await store.txn((), [], twice)
+            with pytest.raises(ValueError, match="once"):
+                await store.commit(epoch, twice)
+        assert await one(store, "a") == KeyValue("a", b"0", revision, revision)
+        done = await store.txn([Compare("a", "value", b"0")], [Put("a", b"1")], [Put("a", b"2")])
+        assert (done.succeeded, done.revision) == (True, revision + 1)
+        await store.commit(epoch, [Put("a", b"3")])
 
     # -------------------------------------------------------------------------------- transactions
 
@@ -156,7 +163,7 @@ class StoreContract:
             (Compare("a", "create_revision", 1), False),
             (Compare("a", "mod_revision", 0), True),
             (Compare("a", "mod_revision", 1), False),
-            (Compare("a", "value", b""), True),
+            (Compare("a", "value", b""), False),
             (Compare("a", "value", b"x"), False),
         ):
             assert (await store.txn([compare], [], [])).succeeded is holds, compare
@@ -179,6 +186,7 @@ class StoreContract:
         assert revision > epoch
         assert await store.commit(epoch, [Delete("a"), Put("b", b"1")]) == revision + 1
         assert await store.commit(epoch, []) == revision + 1
+        assert await store.commit(epoch, [Delete("missing")]) in (revision + 1, revision + 2)
         assert await values(store, "a", "c") == {"b": b"1"}
 
     async def test_a_commit_of_another_epoch_writes_nothing(self, store: Store) -> None:
@@ -205,17 +213,33 @@ class StoreContract:
                 await store.commit(stale, [Put("a", b"1")])
         assert await values(store) == {}
 
+    async def test_commits_and_other_transactions_do_not_disturb_each_other(self, store: Store) -> None:
+        epoch = await lead(store)
+
+        async def commits() -> None:
+            for number in range(20):
+                await store.commit(epoch, [Put("committed", str(number).encode())])
+
+        async def beats() -> None:
+            for number in range(20):
+                fence = [Compare(LEADER_KEY, "create_revision", epoch)]
+                assert (await store.txn(fence, [Put(BEAT_KEY, str(number).encode())])).succeeded
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(commits)
+            nursery.start_soon(beats)
+        assert await values(store) == {"committed": b"19", BEAT_KEY: b"19", LEADER_KEY: b"me"}
+
     # -------------------------------------------------------------------------------- at the same time
 
-    async def test_concurrent_commits_are_atomic_and_each_has_its_revision(self, store: Store) -> None:
-        epoch = await lead(store)
+    async def test_concurrent_transactions_are_atomic_and_each_has_its_revision(self, store: Store) -> None:
+        fence = [Compare(LEADER_KEY, "create_revision", await lead(store))]
         revisions: list[int] = []
 
         async def write(number: int) -> None:
             text = str(number).encode()
-            revisions.append(
-                await store.commit(epoch, [Put("x", text), Put(f"n/{number:03}", text), Put("y", text)])
-            )
+            done = await store.txn(fence, [Put("x", text), Put(f"n/{number:03}", text), Put("y", text)])
+            revisions.append(done.revision)
 
         async def read() -> None:
             for _ in range(20):
@@ -447,6 +471,7 @@ class StoreContract:
         store = await store_factory.open(nursery)
         assert await store.range("", "\U0010ffff") == before
         assert await store.commit(epoch, [Put("t/9", b"")]) == before.revision + 1
+        await store.commit(epoch, [Put("t/9", b"1")])
         await store.aclose()
 
     async def test_leases_outlive_the_opener_and_end_in_time(
