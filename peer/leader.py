@@ -21,7 +21,7 @@ from peer import limits
 from peer.decide import admit, keys, meter, place, rebalance, record, recover, retain, schedule, view
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
-from peer.errors import BitinglipError, NotFound, Unavailable
+from peer.errors import Ambiguous, BitinglipError, NotFound, Unavailable
 from peer.journal import Journal
 from peer.ports import Clock, Delete, Entropy, Link, Put, Store, Write
 from peer.state import command as asks
@@ -368,8 +368,22 @@ class Leader:
             Put(key, value) if value is not None else Delete(key) for key, value in writes.items()
         ]
         self._over = True  # and stays so if this fails: then memory is ahead of the store
-        await self._store.commit(self._snapshot.epoch, changes)
+        await self._commit_until_known(changes)
         self._over = False
+
+    async def _commit_until_known(self, changes: list[Write]) -> None:
+        """The same commit again while it is not known what became of it: a short outage ends no leadership."""
+        until = self._clock.now() + limits.COMMIT_S_MAX
+        while True:
+            try:
+                await self._store.commit(self._snapshot.epoch, changes)
+                return
+            except (Ambiguous, Unavailable) as error:
+                pause_s = self._entropy.uniform(*limits.COMMIT_PAUSE_S)
+                if self._clock.now() + pause_s >= until:
+                    raise
+                log.warning("commit_tried_again", why=error.message, code=error.code)
+            await self._clock.sleep(pause_s)
 
     async def _carry_out(self, work: Batch, commands: list[_Pending]) -> None:
         """After the commit: answer, publish, order."""

@@ -220,6 +220,43 @@ def busy_of(rig: Rig) -> Any:
     return next(iter(rig.snapshot.held["w1"].values()))
 
 
+async def test_a_commit_is_tried_again_until_its_outcome_is_known(autojump_clock: Any) -> None:
+    async with leading() as rig:
+        for fates in (["unsent"], ["lost"], ["done"], ["lost", "unsent", "done", "unsent"]):
+            before = len(rig.store.commits)
+            rig.store.fates = list(fates)
+            task = (await rig.submit()).task
+            assert rig.store.fates == []
+            assert f"task/{task.task_id}" in rig.store.data
+            assert len(rig.store.commits) == before + 1, fates
+        assert (await rig.leader.call(asks.GetStatus())) is not None
+
+
+@pytest.mark.parametrize("error", [Ambiguous("time-out"), Unavailable("not sent")])
+async def test_a_commit_that_stays_unknown_ends_it_in_time(error: Any, autojump_clock: Any) -> None:
+    with pytest.RaisesGroup(pytest.RaisesGroup(type(error))):
+        async with leading() as rig:
+            began = trio.current_time()
+            rig.store.fail = error
+            with pytest.raises(Unavailable) as caught, trio.CancelScope(shield=True):
+                await rig.submit()
+            assert caught.value.code == "ambiguous"
+            took_s = trio.current_time() - began
+            assert limits.COMMIT_S_MAX - 1 < took_s <= limits.COMMIT_S_MAX
+    assert limits.COMMIT_S_MAX < limits.COMMAND_S_MAX  # the caller learns of it from here
+
+
+async def test_a_fence_ends_it_at_once(autojump_clock: Any) -> None:
+    with pytest.RaisesGroup(pytest.RaisesGroup(Fenced)):
+        async with leading() as rig:
+            rig.store.fates = ["lost"]
+            began = trio.current_time()
+            del rig.store.data[LEADER_KEY]
+            with pytest.raises(Unavailable), trio.CancelScope(shield=True):
+                await rig.submit()
+            assert trio.current_time() - began < 1.0
+
+
 async def test_another_epoch_ends_it(autojump_clock: Any) -> None:
     with pytest.RaisesGroup(pytest.RaisesGroup(Fenced)):
         async with leading() as rig:
