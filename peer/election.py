@@ -62,14 +62,27 @@ Lead = Callable[[Leadership], Awaitable[None]]
 
 
 class Election:
-    """`lead` serves until it is cancelled, which happens when the leadership is lost; its errors end the epoch."""
+    """`lead` serves until it is cancelled, which happens when the leadership is lost; its errors end the epoch.
 
-    def __init__(self, peer_id: str, store: Store, clock: Clock, entropy: Entropy, lead: Lead) -> None:
+    `seen` hears who holds the leader key, whenever that was read.
+    """
+
+    def __init__(
+        self,
+        peer_id: str,
+        store: Store,
+        clock: Clock,
+        entropy: Entropy,
+        *,
+        lead: Lead,
+        seen: Callable[[str], None],
+    ) -> None:
         self._peer_id = peer_id
         self._store = store
         self._clock = clock
         self._entropy = entropy
         self._lead = lead
+        self._seen = seen
         self._evidence: dict[str, str] = {}  # by peer: why it is believed gone
         self._wake = trio.Event()
         self._resigning = False
@@ -104,6 +117,7 @@ class Election:
             self._wake = trio.Event()
             try:
                 seen = await self._look()
+                self._seen(seen.holder)
                 evidence = self._evidence.get(seen.holder, "")
                 guard, action = elect.candidate(self._peer_id, seen, guard, evidence, self._clock.now())
                 await self._act(action)
@@ -149,7 +163,8 @@ class Election:
         try:
             try:
                 await self._store.txn(
-                    [Compare(LEADER_KEY, "create_revision", 0)], [Put(LEADER_KEY, name.encode(), lease.lease_id)]
+                    [Compare(LEADER_KEY, "create_revision", 0)],
+                    [Put(LEADER_KEY, name.encode(), lease.lease_id)],
                 )
             except StoreError as error:
                 log.info("campaign_unclear", why=error.message)

@@ -215,6 +215,12 @@ class Executor:
         self._touched.add(worker.worker_id)
         self._touched_wake.set()
 
+    def report_all(self) -> None:
+        """A new leader listens: it hears of every worker and every outcome that is not recorded."""
+        for worker in self._workers.values():
+            worker.report_outcomes_again(0.0)
+            self.report_state(worker)
+
     def report_state(self, worker: HostedWorker) -> None:
         """Put its state in line, once: it is made when its turn comes, so that a slow leader gets the newest."""
         if worker.worker_id not in self._reporting:

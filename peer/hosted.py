@@ -365,9 +365,9 @@ class HostedWorker:
         self._outcomes[key] = (outcome, trio.current_time())
         self._host.report(outcome)
 
-    def report_outcomes_again(self) -> None:
-        """Those that nobody has recorded for some time."""
-        before = trio.current_time() - OUTCOME_AGAIN_S
+    def report_outcomes_again(self, after_s: float = OUTCOME_AGAIN_S) -> None:
+        """Those that nobody has recorded for so long."""
+        before = trio.current_time() - after_s
         for key in [key for key, (_, sent_at) in self._outcomes.items() if sent_at <= before]:
             self._report_outcome(key)
 

@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 import trio
 
 from peer import limits
-from peer.errors import Compacted, Overloaded
+from peer.errors import Compacted, Overloaded, Unavailable
 from peer.ports import Store
 from peer.state.event import Event
 from peer.state.record import decode, prefix_end
@@ -25,6 +25,19 @@ class Journal:
         self._last = last  # the newest published event
         self._behind_max = behind_max
         self._readers: dict[trio.MemorySendChannel[Event], None] = {}
+        self._ended = ""
+
+    @property
+    def last(self) -> int:
+        """The newest published event's number."""
+        return self._last
+
+    def end(self, why: str) -> None:
+        """This peer leads no more: readers get Unavailable after what was published, and follow another leader."""
+        self._ended = why
+        for reader in self._readers:
+            reader.close()
+        self._readers.clear()
 
     def publish(self, events: Sequence[Event]) -> None:
         """Hand durable events on. A reader that does not keep up loses its place and is told so."""
@@ -41,9 +54,11 @@ class Journal:
     async def subscribe(self, since: int | None) -> AsyncIterator[AsyncIterator[Event]]:
         """Every event after `since`, then new ones, each once and in order; None: new ones only.
 
-        Raises Compacted on entry if an event after `since` is no longer kept, Overloaded from the iterator when the
-        reader is more than the bound behind.
+        Raises Compacted on entry if an event after `since` is no longer kept; from the iterator Overloaded when the
+        reader is more than the bound behind, Unavailable when the journal has ended.
         """
+        if self._ended:
+            raise Unavailable(self._ended, code="not_leading", retry_after_s=1.0)
         send, receive = trio.open_memory_channel[Event](self._behind_max)
         self._readers[send] = None
         published = self._last  # later ones come through the channel
@@ -86,4 +101,6 @@ class Journal:
                 raise Compacted(f"events after {sent} went while they were read")
         async for event in receive:
             yield event
+        if self._ended:
+            raise Unavailable(self._ended, code="not_leading", retry_after_s=1.0)
         raise Overloaded(f"this reader is more than {self._behind_max} events behind", code="slow_reader")

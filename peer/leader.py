@@ -8,17 +8,17 @@ ran ahead of the store is thrown away with it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import msgspec
 import structlog
 import trio
 
 from peer import limits
-from peer.decide import admit, keys, meter, place, rebalance, record, recover, retain, schedule, view
+from peer.decide import admit, keys, lose, meter, place, rebalance, record, recover, retain, schedule, view
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
 from peer.errors import Ambiguous, BitinglipError, NotFound, Unavailable
@@ -30,7 +30,7 @@ from peer.state.model import Model
 from peer.state.order import AttemptFinished, Order, Report, WorkerReported
 from peer.state.plan import Plan
 from peer.state.record import decode, ended_at, idempotency_key, list_prefix, prefix_end, task_id
-from peer.state.snapshot import Policy, Snapshot, StoreWrites
+from peer.state.snapshot import Linked, Policy, Rumoured, Snapshot, StoreWrites
 from peer.state.task import Idempotency, Status, Task, TaskResult
 from peer.streams import StreamHub
 
@@ -58,7 +58,7 @@ class _Pending:
         self.stored: Task | Idempotency | None = None  # read from the store before it is decided
 
 
-def _size(item: _Pending | Report) -> int:
+def _size(item: _Pending | Report | Linked | Rumoured) -> int:
     """About how many bytes of it go into the transaction, beyond the few of every record."""
     if isinstance(item, _Pending):
         return item.size
@@ -86,6 +86,9 @@ class Alone:
 
     async def renewed(self) -> None:
         await trio.lowlevel.checkpoint()
+
+
+_Item = _Pending | Report | Linked | Rumoured
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +120,26 @@ class Leader:
         self._clock = clock
         self._entropy = entropy
         self._streams = streams
-        self._inbox_send, self._inbox = trio.open_memory_channel[_Pending | Report](
+        self._inbox_send, self._inbox = trio.open_memory_channel[_Item](
             limits.COMMANDS_WAITING_MAX
         )
         self._committing = trio.Lock()
         self._waiting: dict[str, trio.Event] = {}
         self._recent: OrderedDict[str, asks.TaskView] = OrderedDict()
+        self._late_evidence: dict[tuple[type, str], Linked | Rumoured] = {}
         self._deciding: list[_Pending] = []
         self._stopping = ""
         self._over = False  # memory may be ahead of the store, or another epoch may lead
         self._sampled_at = 0
+        self.on_shared: Callable[[], None] = lambda: None  # keys or catalogue are others than before
 
     # ---------------------------------------------------------------- what callers use
 
     def key(self, key_id: str) -> ApiKey | None:
         return self._snapshot.keys.get(key_id)
+
+    def keys(self) -> tuple[ApiKey, ...]:
+        return tuple(self._snapshot.keys.values())
 
     def models(self) -> Mapping[str, Model]:
         return self._snapshot.catalogue
@@ -140,6 +148,7 @@ class Leader:
         """Take a reloaded configuration; decisions follow it from the next batch on."""
         self._snapshot.policy = policy
         self._snapshot.catalogue = catalogue
+        self.on_shared()
 
     def refuse_new(self, why: str) -> None:
         """From now on new tasks get 503 and queued ones stay queued; everything else goes on."""
@@ -150,11 +159,28 @@ class Leader:
         return sum(len(tasks) for tasks in self._snapshot.held.values())
 
     async def report(self, message: Report) -> None:
-        """ports.ReportSink: waits while the leader is behind, and for good once it leads no more."""
+        """ports.ReportSink: waits while the leader is behind. Raises Unavailable once it leads no more."""
         try:
             await self._inbox_send.send(message)
         except trio.BrokenResourceError:
-            await trio.sleep_forever()
+            raise _no_leader() from None
+
+    def linked(self, peer_id: str, up: bool) -> None:
+        """The session with this peer's process came up, or ended: evidence for `peer.decide.lose`."""
+        self._note(Linked(peer_id, up, self._clock.wall()))
+
+    def rumour(self, peer_id: str, status: Literal["alive", "leaving", "left", "failed"]) -> None:
+        """Gossip's new opinion of this peer."""
+        self._note(Rumoured(peer_id, status, self._clock.wall()))
+
+    def _note(self, evidence: Linked | Rumoured) -> None:
+        """In line with the reports; beside them, where the line is full, until the next tick."""
+        try:
+            self._inbox_send.send_nowait(evidence)
+        except trio.WouldBlock:
+            self._late_evidence[type(evidence), evidence.peer_id] = evidence
+        except trio.BrokenResourceError:
+            pass  # it leads no more
 
     async def call(self, request: asks.Request) -> Any:
         """Commands are handed over to the leader's task: a caller that goes away does not undo them."""
@@ -316,7 +342,7 @@ class Leader:
         for waiting in self._waiting.values():
             waiting.set()
 
-    def _gather(self, first: _Pending | Report) -> list[_Pending | Report]:
+    def _gather(self, first: _Item) -> list[_Item]:
         batch, nbytes = [first], _size(first)
         while len(batch) < limits.BATCH_COMMANDS_MAX and nbytes < _BATCH_BYTES_MAX:
             try:
@@ -335,7 +361,7 @@ class Leader:
                     break
             await self._clock.sleep(limits.TICK_S)
 
-    async def _batch(self, batch: list[_Pending | Report]) -> None:
+    async def _batch(self, batch: list[_Item]) -> None:
         """Decide, commit and carry out one batch; an empty one is a tick."""
         async with self._committing:
             if self._over:
@@ -348,9 +374,13 @@ class Leader:
             for item in batch:
                 if isinstance(item, _Pending):
                     self._decide_command(item, work)
+                elif isinstance(item, Linked | Rumoured):
+                    work.take(Decision(changes=[item]))
                 else:
                     self._decide_report(item, work)
             if not batch:
+                late, self._late_evidence = self._late_evidence, {}
+                work.take(Decision(changes=[*late.values()]))
                 self._decide_tick(work)
             if not self._stopping:
                 work.take(schedule.schedule(self._snapshot, work.now))
@@ -398,6 +428,8 @@ class Leader:
         self._journal.publish(work.events)
         for pending in commands:
             pending.done.set()
+        if any(isinstance(pending.command, asks.CreateKey | asks.RevokeKey) for pending in commands):
+            self.on_shared()
         for reason in work.reasons:
             log.debug("decided", reason=reason)
         for peer_id, order in work.orders:
@@ -493,6 +525,8 @@ class Leader:
 
     def _decide_tick(self, work: Batch) -> None:
         snapshot, now = self._snapshot, work.now
+        work.take(lose.wake(snapshot, now))
+        work.take(lose.lose(snapshot, now))
         work.take(recover.time_out(snapshot, now))
         work.take(recover.lost_attempts(snapshot, now))
         work.take(recover.hopeless(snapshot, now))
@@ -527,7 +561,7 @@ class Leader:
 
 
 def _no_leader() -> Unavailable:
-    return Unavailable("this peer does not lead any more", code="stopping", retry_after_s=5.0)
+    return Unavailable("this peer does not lead any more", code="not_leading", retry_after_s=1.0)
 
 
 def _ambiguous(why: str) -> Unavailable:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import trio
+
 from peer.errors import Unavailable
 from peer.ports import ReportSink
 from peer.state.order import Order, Report
 
 
 class LeaderSink:
-    """Implements peer.ports.ReportSink. `leader` is set once it is built, before the executor runs."""
+    """Implements peer.ports.ReportSink. `leader` is set once it is built, before the executor runs.
+
+    There is no other leader to report to once it leads no more: the peer is about to end.
+    """
 
     leader: ReportSink
 
     async def report(self, report: Report) -> None:
-        await self.leader.report(report)
+        try:
+            await self.leader.report(report)
+        except Unavailable:
+            await trio.sleep_forever()
 
 
 class TakesOrders(Protocol):

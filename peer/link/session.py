@@ -16,7 +16,7 @@ _PING = wire.encode(wire.Ping())
 
 
 class Session:
-    """`post` never waits; `frames` yields what the other side says. Either raises Unavailable once it is broken."""
+    """`post` never waits, `put` waits for room. Either raises Unavailable once the session is broken."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -28,24 +28,45 @@ class Session:
     def peer_id(self) -> str:
         return self._connection.peer_id
 
+    @property
+    def why(self) -> str:
+        """Why it has ended; "" while it has not."""
+        return self._broken
+
     def post(self, frame: wire.Frame) -> None:
-        """Put a frame in line. One side that does not read for long is cut off: nothing is dropped in between."""
-        if self._broken:
-            raise Unavailable(self._broken, code="link_broken")
-        data = wire.encode(frame)
-        if len(data) > limits.FRAME_BYTES_MAX:
-            raise Unavailable(f"a {type(frame).__name__} of {len(data)} bytes is too large", code="too_large")
+        """Put a frame in line at once. Who has too much in line is cut off: nothing is left out in between."""
+        data = self._encode(frame)
         try:
             self._send.send_nowait(data)
         except trio.WouldBlock:
             self.end(f"{self.peer_id} does not read")
-            raise Unavailable(self._broken, code="link_broken") from None
+            raise self._is_broken() from None
+
+    async def put(self, frame: wire.Frame) -> None:
+        """Put a frame in line when there is room."""
+        data = self._encode(frame)
+        try:
+            await self._send.send(data)
+        except trio.BrokenResourceError:
+            raise self._is_broken() from None
+
+    def _encode(self, frame: wire.Frame) -> bytes:
+        if self._broken:
+            raise self._is_broken()
+        data = wire.encode(frame)
+        if len(data) > limits.FRAME_BYTES_MAX:
+            raise Unavailable(f"a {type(frame).__name__} of {len(data)} bytes is too large", code="too_large")
+        return data
+
+    def _is_broken(self) -> Unavailable:
+        return Unavailable(self._broken, code="link_broken", retry_after_s=1.0)
 
     def end(self, why: str) -> None:
         """Break it; `serve` returns."""
         if not self._broken:
             self._broken = why
             self._over.set()
+            self._outbox.close()
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[AsyncIterator[wire.Frame]]:
@@ -76,8 +97,11 @@ class Session:
     async def _write(self) -> None:
         while True:
             data = _PING
-            with trio.move_on_after(limits.PING_S):
-                data = await self._outbox.receive()
+            try:
+                with trio.move_on_after(limits.PING_S):
+                    data = await self._outbox.receive()
+            except trio.ClosedResourceError:
+                return
             with trio.move_on_after(limits.LINK_SILENT_S) as patience:
                 try:
                     await self._connection.send(data)

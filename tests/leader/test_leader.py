@@ -206,7 +206,7 @@ async def test_a_store_that_fails_ends_it_and_nobody_gets_a_false_answer(
             with trio.CancelScope(shield=True):
                 await all_at_once()
     assert [type(answer) for answer in answers] == [Unavailable] * 6
-    assert [answer.code for answer in answers[:2]] == ["ambiguous", "stopping"]
+    assert [answer.code for answer in answers[:2]] == ["ambiguous", "not_leading"]
     rig = rigs[0]
     assert len(rig.runs) == 1
     with pytest.raises(Unavailable):

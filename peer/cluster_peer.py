@@ -1,0 +1,263 @@
+"""A peer of a cluster, above its ports: executor, membership, link and, on voters, election and leadership, wired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import structlog
+import trio
+
+from peer import limits
+from peer.decide import members
+from peer.election import Election, Leadership
+from peer.errors import BitinglipError, Unavailable
+from peer.establish import load_snapshot
+from peer.executor import Executor
+from peer.follower import Follower
+from peer.followers import Followers, shared_of
+from peer.journal import Journal
+from peer.leader import Leader
+from peer.link import wire
+from peer.link.session import Session, receive
+from peer.membership import Membership
+from peer.ports import Clock, Connection, Entropy, Gossip, Network, ReportSink, Store
+from peer.routing import RoutedCluster
+from peer.state.member import Member
+from peer.state.model import Model
+from peer.state.order import Order, Report
+from peer.state.snapshot import Policy
+from peer.streams import StreamHub
+from peer.version import VERSION
+
+log = structlog.get_logger("peer")
+
+_LOADING_S_MAX: Final = 60.0  # a new leader reads the store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """What a peer is. `link` and `api` are the addresses that others reach it at."""
+
+    peer_id: str
+    cluster_id: str
+    link: str
+    api: str
+    policy: Policy
+    catalogue: Mapping[str, Model]
+    wire_versions: tuple[int, int] = (wire.WIRE, wire.WIRE_MIN)
+
+
+class ClusterPeer:
+    """`store` is None on peers that are no voters. `executor` is built with a sink that hands over to `report`.
+
+    `cluster` serves clients as soon as `run` runs.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        executor: Callable[[ReportSink, StreamHub], Executor],
+        *,
+        store: Store | None,
+        gossip: Gossip,
+        network: Network,
+        clock: Clock,
+        entropy: Entropy,
+    ) -> None:
+        self._identity = identity
+        self._store = store
+        self._network = network
+        self._clock = clock
+        self._entropy = entropy
+        self._streams = StreamHub(clock)
+        self.executor = executor(self, self._streams)
+        self.membership = Membership(gossip, clock, self._rumour)
+        self.follower = Follower(
+            identity.peer_id,
+            network,
+            self.executor,
+            self.membership,
+            entropy,
+            suspect=self._suspect,
+            trust=self._trust,
+            wire_versions=identity.wire_versions,
+        )
+        self.election: Election | None = None
+        if store is not None:
+            self.election = Election(
+                identity.peer_id, store, clock, entropy, lead=self._lead, seen=self._seen_leader
+            )
+        self._holder = ""
+        self._followers: Followers | None = None
+        self.leader: Leader | None = None
+        self.journal: Journal | None = None
+        self._began_leading = trio.Event()
+        self.cluster = RoutedCluster(self, self.follower, self.executor, identity.catalogue)
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled. Raises StoreBroken when this voter's store is."""
+        async with trio.open_nursery() as nursery:
+            self._announce(epoch=0)
+            nursery.start_soon(self.executor.run)
+            nursery.start_soon(self.membership.run)
+            await nursery.start(self._network.listen, self._accept)
+            nursery.start_soon(self.follower.run, self._may_follow)
+            if self.election is not None:
+                nursery.start_soon(self.election.run)
+            task_status.started()
+
+    def _may_follow(self) -> bool:
+        return self._followers is None
+
+    def _announce(self, epoch: int) -> None:
+        identity = self._identity
+        self.membership.announce(
+            members.tags(
+                role="leader" if epoch else "follower",
+                epoch=epoch,
+                api=identity.api,
+                link=identity.link,
+                voter=self._store is not None,
+                wire=identity.wire_versions[0],
+                version=VERSION,
+            )
+        )
+
+    # ---------------------------------------------------------------- evidence
+
+    def _suspect(self, peer_id: str, why: str) -> None:
+        if self.election is not None:
+            self.election.suspect(peer_id, why)
+
+    def _trust(self, peer_id: str) -> None:
+        if self.election is not None:
+            self.election.trust(peer_id)
+
+    def _seen_leader(self, peer_id: str) -> None:
+        self._holder = peer_id
+        if peer_id and not self.follower.leader:
+            self.follower.hint(peer_id)
+
+    def _rumour(self, member: Member) -> None:
+        if self.leader is not None:
+            self.leader.rumour(member.peer_id, member.status)
+        if member.status != "alive" and member.peer_id != self.follower.leader:
+            self._suspect(member.peer_id, f"gossip says {member.status}")
+
+    def _linked(self, peer_id: str, up: bool) -> None:
+        if self.leader is not None:
+            self.leader.linked(peer_id, up)
+
+    # ---------------------------------------------------------------- reports
+
+    async def report(self, report: Report) -> None:
+        """ports.ReportSink: to whoever leads, here or elsewhere."""
+        while True:
+            try:
+                if self.leader is not None:
+                    return await self.leader.report(report)
+                return await self.follower.report(report)
+            except Unavailable:
+                began = self._began_leading
+                with trio.move_on_after(limits.REPORT_INTERVAL_S):
+                    await (began.wait() if self._followers is not None else self.follower.wait_for_change())
+
+    # ---------------------------------------------------------------- leading
+
+    async def _lead(self, leadership: Leadership) -> None:
+        """Load what the store holds and lead until cancelled. Raises BitinglipError when that ends it."""
+        identity, store = self._identity, self._store
+        assert store is not None
+        followers = Followers(identity.peer_id, leadership.epoch, self, self._linked)
+        self._followers = followers
+        self.follower.leave("this peer leads now")
+        try:
+            snapshot = None
+            with trio.move_on_after(_LOADING_S_MAX):
+                snapshot = await load_snapshot(
+                    store,
+                    leadership.epoch,
+                    peer_id=identity.peer_id,
+                    cluster_id=identity.cluster_id,
+                    policy=identity.policy,
+                    catalogue=identity.catalogue,
+                    clock=self._clock,
+                )
+            if snapshot is None:
+                raise Unavailable(f"the store was not read in {_LOADING_S_MAX:g} s")
+            journal = Journal(store, last=snapshot.events_next - 1)
+            leader = Leader(
+                snapshot, journal, store, followers, self._clock, self._entropy, self._streams, leadership
+            )
+            leader.on_shared = lambda: followers.share(shared_of(leader))
+            await self._serve(leader, journal, leadership.epoch)
+        finally:
+            followers.farewell("it leads no more")
+            self._followers = None
+            self._announce(epoch=0)
+
+    async def _serve(self, leader: Leader, journal: Journal, epoch: int) -> None:
+        log.info("leading", peer_id=self._identity.peer_id, epoch=epoch)
+        self._announce(epoch)
+        self.leader, self.journal = leader, journal
+        for member in self.membership.members.values():
+            leader.rumour(member.peer_id, member.status)
+        self.executor.report_all()
+        self._began_leading.set()
+        try:
+            await leader.run()
+        except* BitinglipError as group:
+            raise _first(group) from None
+        finally:
+            self.leader, self.journal = None, None
+            self._began_leading = trio.Event()
+            journal.end("this peer leads no more")
+
+    async def send(self, peer_id: str, order: Order) -> None:
+        """ports.Link to this peer's own executor."""
+        await self.executor.order(order)
+
+    # ---------------------------------------------------------------- connections that come in
+
+    async def _accept(self, connection: Connection) -> None:
+        try:
+            hello = wire.decode(await receive(connection))
+        except Unavailable as error:
+            log.info("caller_not_understood", peer_id=connection.peer_id, why=error.message)
+            return
+        if not isinstance(hello, wire.Hello):
+            log.info(
+                "caller_not_understood",
+                peer_id=connection.peer_id,
+                why=f"{type(hello).__name__} before Hello",
+            )
+            return
+        version = wire.agreed(self._identity.wire_versions, (hello.wire, hello.wire_min))
+        refusal = self._refusal(hello, version)
+        if refusal is None and version is not None:
+            assert self._followers is not None and self.leader is not None and self.journal is not None
+            await self._followers.serve(Session(connection), hello, version, self.leader, self.journal)
+            return
+        try:
+            with trio.move_on_after(limits.LINK_SILENT_S):
+                await connection.send(wire.encode(refusal))
+        except Unavailable:
+            pass  # the caller has gone
+
+    def _refusal(self, hello: wire.Hello, version: int | None) -> wire.Refused | None:
+        if version is None:
+            return wire.Refused(reason=f"no common wire version: here {self._identity.wire_versions}")
+        if self.leader is not None:
+            return None
+        holder = self.follower.leader or self._holder
+        return wire.Refused(
+            reason="this peer does not lead", leader=holder if holder != hello.peer_id else ""
+        )
+
+
+def _first(group: BaseExceptionGroup[BitinglipError]) -> BitinglipError:
+    """Any one of a group's errors: each of them ends the leadership."""
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error

@@ -1,0 +1,304 @@
+"""A following peer's side of the link: finds who leads, keeps a session with it, obeys its orders, hands it reports,
+and forwards what clients ask for."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final, Protocol
+
+import structlog
+import trio
+
+from peer import limits
+from peer.errors import BitinglipError, Fenced, Overloaded, Unavailable
+from peer.link import wire
+from peer.link.session import Session, receive
+from peer.ports import Connection, Entropy, Network
+from peer.state.command import Request
+from peer.state.event import Event
+from peer.state.key import ApiKey
+from peer.state.model import Model
+from peer.state.order import Order, Report
+
+log = structlog.get_logger("follower")
+
+_REDIAL_S: Final = (0.05, 0.15)  # between two tries, drawn
+_IDLE_S: Final = (0.2, 0.4)  # after all were asked
+
+
+class TakesOrders(Protocol):
+    """peer.executor.Executor"""
+
+    @property
+    def epoch(self) -> int: ...
+
+    async def order(self, order: Order) -> None: ...
+
+    def report_all(self) -> None: ...
+
+
+class Directory(Protocol):
+    """peer.membership.Membership"""
+
+    def candidates(self) -> tuple[str, ...]:
+        """Peers that may lead or know who does, the likeliest first."""
+
+    def address(self, peer_id: str) -> str | None:
+        """Of its link."""
+
+
+class _Forwarded:
+    """A call or subscription that waits for the leader."""
+
+    def __init__(self, items_max: int = 1) -> None:
+        self.send, self.receive = trio.open_memory_channel[wire.Answer | wire.Subscribed | wire.Events](
+            items_max
+        )
+
+
+class Follower:
+    """`suspect(peer_id, why)` hears of a leader that is gone or cannot be reached, `trust(peer_id)` of one that leads."""
+
+    def __init__(
+        self,
+        peer_id: str,
+        network: Network,
+        executor: TakesOrders,
+        directory: Directory,
+        entropy: Entropy,
+        *,
+        suspect: Callable[[str, str], None],
+        trust: Callable[[str], None],
+        wire_versions: tuple[int, int] = (wire.WIRE, wire.WIRE_MIN),
+    ) -> None:
+        self._peer_id = peer_id
+        self._network = network
+        self._executor = executor
+        self._directory = directory
+        self._entropy = entropy
+        self._suspect = suspect
+        self._trust = trust
+        self._wire = wire_versions
+        self._session: Session | None = None
+        self._changed = trio.Event()
+        self._calls: dict[int, _Forwarded] = {}
+        self._calls_made = 0
+        self._hint = ""
+        self._unreached = ""
+        self.leader = ""  # of the session; "" while there is none
+        self.epoch = 0
+        self.keys: Mapping[str, ApiKey] = MappingProxyType({})
+        self.catalogue: Mapping[str, Model] = MappingProxyType({})
+
+    # ---------------------------------------------------------------- what this peer uses
+
+    async def wait_for_change(self) -> None:
+        """Until a session has begun or ended."""
+        await self._changed.wait()
+
+    async def report(self, report: Report) -> None:
+        """Hand it to the leader. Raises Unavailable when there is none."""
+        if self._session is None:
+            raise _no_session()
+        await self._session.put(wire.Reported(report=report))
+
+    async def call(self, request: Request) -> Any:
+        """The leader's answer. Raises its error; Unavailable `no_leader` if nothing was sent, `ambiguous` if the
+        session ended before the answer came."""
+        forwarded = _Forwarded()
+        call_id = self._open(forwarded)
+        try:
+            self._post(wire.Call(call_id=call_id, request=request))
+            answer = await forwarded.receive.receive()
+        except trio.EndOfChannel:
+            raise _cut_off() from None
+        finally:
+            self._close(call_id)
+        assert isinstance(answer, wire.Answer)
+        if answer.failure is not None:
+            raise wire.error_of(answer.failure)
+        return wire.decode_answer(request, answer.value)
+
+    async def events(self, since: int | None) -> AsyncGenerator[int | Event, None]:
+        """First the number after which events follow, then those. Raises what Journal.subscribe does, and Unavailable
+        when the session ends."""
+        forwarded = _Forwarded(limits.EVENTS_BEHIND_MAX)
+        call_id = self._open(forwarded)
+        try:
+            self._post(wire.Subscribe(call_id=call_id, since=since))
+            async for item in forwarded.receive:
+                match item:
+                    case wire.Subscribed():
+                        yield item.since
+                    case wire.Events():
+                        for event in item.events:
+                            yield event
+                    case wire.Answer(failure=failure) if failure is not None:
+                        raise wire.error_of(failure)
+            raise _cut_off()
+        finally:
+            self._close(call_id)
+
+    def _open(self, forwarded: _Forwarded) -> int:
+        if self._session is None:
+            raise _no_session()
+        if len(self._calls) >= limits.CALLS_MAX + limits.WEBSOCKETS_MAX:
+            raise Overloaded("this peer has too many requests open", retry_after_s=1.0)
+        self._calls_made += 1
+        self._calls[self._calls_made] = forwarded
+        return self._calls_made
+
+    def _close(self, call_id: int) -> None:
+        if self._calls.pop(call_id, None) is not None and self._session is not None:
+            try:
+                self._session.post(wire.GiveUp(call_id=call_id))
+            except Unavailable:
+                pass  # the session ends, and the call with it
+
+    def _post(self, frame: wire.Frame) -> None:
+        if self._session is None:
+            raise _no_session()
+        self._session.post(frame)
+
+    def leave(self, reason: str) -> None:
+        """End the session, if there is one: this peer leads now, or stops."""
+        if self._session is not None:
+            self._session.end(reason)
+
+    # ---------------------------------------------------------------- the session
+
+    async def run(self, may_follow: Callable[[], bool]) -> None:
+        """Until cancelled: keep a session with whoever leads, while `may_follow`."""
+        while True:
+            for peer_id in self._order() if may_follow() else ():
+                await self._try(peer_id)
+                await trio.sleep(self._entropy.uniform(*_REDIAL_S))
+                if self._hint or not may_follow():
+                    break
+            else:
+                await trio.sleep(self._entropy.uniform(*_IDLE_S))
+
+    def hint(self, peer_id: str) -> None:
+        """This one leads, somebody says: ask it first."""
+        self._hint = peer_id if peer_id != self._peer_id else ""
+
+    def _order(self) -> list[str]:
+        """Whom to ask: first whom another peer has named, last who did not answer."""
+        known = [peer_id for peer_id in self._directory.candidates() if peer_id != self._peer_id]
+        known.sort(key=lambda peer_id: peer_id == self._unreached)
+        hint, self._hint = self._hint, ""
+        return [hint, *(each for each in known if each != hint)] if hint else known
+
+    async def _try(self, peer_id: str) -> None:
+        """Ask one peer whether it leads, and follow it to the end of the session if so."""
+        address = self._directory.address(peer_id)
+        if address is None:
+            return
+        try:
+            connection = await self._network.dial(peer_id, address)
+        except Unavailable as error:
+            self._is_gone(peer_id, error.message)
+            return
+        try:
+            answer = await self._greet(connection)
+        except Unavailable as error:
+            await connection.aclose()
+            self._is_gone(peer_id, error.message)
+            return
+        self._trust(peer_id)
+        if isinstance(answer, wire.Welcome):
+            await self._follow(Session(connection), answer)
+        else:
+            await connection.aclose()
+            if isinstance(answer, wire.Refused) and answer.leader:
+                self.hint(answer.leader)
+
+    def _is_gone(self, peer_id: str, why: str) -> None:
+        self._unreached = peer_id
+        self._suspect(peer_id, why)
+
+    async def _greet(self, connection: Connection) -> wire.Frame:
+        newest, oldest = self._wire
+        hello = wire.Hello(peer_id=self._peer_id, wire=newest, wire_min=oldest, epoch=self._executor.epoch)
+        await connection.send(wire.encode(hello))
+        return wire.decode(await receive(connection))
+
+    async def _follow(self, session: Session, welcome: wire.Welcome) -> None:
+        if welcome.epoch < self._executor.epoch:
+            log.warning("leader_superseded", peer_id=welcome.peer_id, epoch=welcome.epoch)
+            session.end("a newer leader has been obeyed here")
+        async with session.serve() as frames:
+            self._begin(session, welcome)
+            try:
+                async for frame in frames:
+                    await self._frame(session, frame)
+            except Unavailable as error:
+                session.end(error.message)
+            finally:
+                self._end(session)
+
+    def _begin(self, session: Session, welcome: wire.Welcome) -> None:
+        self._session, self.leader, self.epoch = session, welcome.peer_id, welcome.epoch
+        log.info("following", leader=welcome.peer_id, epoch=welcome.epoch, wire=welcome.wire)
+        self._executor.report_all()
+        self._change()
+
+    def _end(self, session: Session) -> None:
+        log.info("leader_lost", leader=session.peer_id, why=session.why)
+        self._is_gone(session.peer_id, session.why)
+        self._session, self.leader = None, ""
+        for forwarded in self._calls.values():
+            forwarded.send.close()
+        self._change()
+
+    def _change(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    async def _frame(self, session: Session, frame: wire.Frame) -> None:
+        match frame:
+            case wire.Ordered():
+                try:
+                    await self._executor.order(frame.order)
+                except Fenced as error:
+                    log.warning("order_refused", why=error.message)
+                    session.post(wire.Superseded(epoch=self._executor.epoch))
+                    session.end(error.message)
+            case wire.Answer() | wire.Subscribed() | wire.Events():
+                self._hand_over(frame)
+            case wire.Shared():
+                self.keys = MappingProxyType({key.key_id: key for key in frame.keys})
+                self.catalogue = MappingProxyType({model.name: model for model in frame.catalogue})
+            case wire.Bye():
+                session.end(f"{session.peer_id} said: {frame.reason}")
+            case _:
+                pass  # of a newer version, or nothing for a follower
+
+    def _hand_over(self, frame: wire.Answer | wire.Subscribed | wire.Events) -> None:
+        forwarded = self._calls.get(frame.call_id)
+        if forwarded is None:
+            return
+        try:
+            forwarded.send.send_nowait(frame)
+        except trio.WouldBlock:
+            # The reader is behind by the bound: it gets what is there, then its end.
+            forwarded.send.close()
+            del self._calls[frame.call_id]
+
+
+def _no_session() -> Unavailable:
+    return Unavailable("no leader is known to this peer at the moment", code="no_leader", retry_after_s=1.0)
+
+
+def _cut_off() -> Unavailable:
+    return Unavailable(
+        "the leader was lost before it answered; it is not known whether this was done",
+        code="ambiguous",
+        retry_after_s=1.0,
+    )
+
+
+def is_unsent(error: BitinglipError) -> bool:
+    """Whether the request this error answers was certainly not carried out, for want of a leader."""
+    return isinstance(error, Unavailable) and error.code in ("no_leader", "not_leading", "link_broken")

@@ -1,0 +1,170 @@
+"""The leader's side of the link: a session with each following peer. Orders and shared state go out over it, reports,
+forwarded requests and subscriptions come in. A session that ends is evidence that its peer is gone."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Final
+
+import structlog
+import trio
+
+from peer import limits
+from peer.errors import BitinglipError, Overloaded, Unavailable
+from peer.journal import Journal
+from peer.leader import Leader
+from peer.link import wire
+from peer.link.session import Session
+from peer.ports import Link
+from peer.state.order import Order
+
+log = structlog.get_logger("followers")
+
+_SUBSCRIPTIONS_MAX: Final = limits.WEBSOCKETS_MAX  # of one peer
+
+
+class Followers:
+    """Implements peer.ports.Link. `local` is this peer's own; `evidence(peer_id, up)` hears of sessions."""
+
+    def __init__(self, peer_id: str, epoch: int, local: Link, evidence: Callable[[str, bool], None]) -> None:
+        self._peer_id = peer_id
+        self._epoch = epoch
+        self._local = local
+        self._evidence = evidence
+        self._sessions: dict[str, Session] = {}
+
+    # ---------------------------------------------------------------- what the leader uses
+
+    async def send(self, peer_id: str, order: Order) -> None:
+        """ports.Link: never waits, so orders keep the order in which they were committed."""
+        if peer_id == self._peer_id:
+            await self._local.send(peer_id, order)
+            return
+        session = self._sessions.get(peer_id)
+        if session is None:
+            raise Unavailable(f"there is no session with peer {peer_id}", code="no_session")
+        session.post(wire.Ordered(order=order))
+
+    def share(self, shared: wire.Shared) -> None:
+        """Every follower gets the keys and the catalogue as they are now."""
+        for session in list(self._sessions.values()):
+            _post(session, shared)
+
+    def farewell(self, reason: str) -> None:
+        """This peer leads no more: followers look for another leader at once."""
+        for session in list(self._sessions.values()):
+            _post(session, wire.Bye(reason=reason))
+
+    @property
+    def peer_ids(self) -> tuple[str, ...]:
+        return tuple(self._sessions)
+
+    # ---------------------------------------------------------------- sessions
+
+    async def serve(
+        self, session: Session, hello: wire.Hello, version: int, leader: Leader, journal: Journal
+    ) -> None:
+        """One follower's session, to its end. A newer session of the same peer ends an older one."""
+        before = self._sessions.get(session.peer_id)
+        if before is not None:
+            before.end("a newer session took its place")
+        async with session.serve() as frames, _serving(session, leader, journal) as served:
+            session.post(wire.Welcome(peer_id=self._peer_id, epoch=self._epoch, wire=version))
+            session.post(shared_of(leader))
+            self._sessions[session.peer_id] = session
+            self._evidence(session.peer_id, True)
+            log.info("follower_joined", peer_id=session.peer_id, wire=version)
+            try:
+                async for frame in frames:
+                    await served.frame(frame)
+            except Unavailable as error:
+                session.end(error.message)
+            finally:
+                if self._sessions.get(session.peer_id) is session:
+                    del self._sessions[session.peer_id]
+                    self._evidence(session.peer_id, False)
+                log.info("follower_gone", peer_id=session.peer_id)
+
+
+def shared_of(leader: Leader) -> wire.Shared:
+    return wire.Shared(keys=leader.keys(), catalogue=tuple(leader.models().values()))
+
+
+def _post(session: Session, frame: wire.Frame) -> None:
+    try:
+        session.post(frame)
+    except Unavailable as error:
+        log.info("frame_not_sent", peer_id=session.peer_id, why=error.message)
+
+
+@asynccontextmanager
+async def _serving(session: Session, leader: Leader, journal: Journal) -> AsyncIterator[_Served]:
+    async with trio.open_nursery() as nursery:
+        yield _Served(session, leader, journal, nursery)
+        nursery.cancel_scope.cancel()
+
+
+class _Served:
+    """What one follower asks for: each call and subscription is a task of its own."""
+
+    def __init__(self, session: Session, leader: Leader, journal: Journal, nursery: trio.Nursery) -> None:
+        self._session = session
+        self._leader = leader
+        self._journal = journal
+        self._nursery = nursery
+        self._calls: dict[int, trio.CancelScope] = {}
+
+    async def frame(self, frame: wire.Frame) -> None:
+        match frame:
+            case wire.Reported():
+                await self._leader.report(frame.report)
+            case wire.Call():
+                self._begin(frame.call_id, limits.CALLS_MAX, partial(self._call, frame))
+            case wire.Subscribe():
+                most = limits.CALLS_MAX + _SUBSCRIPTIONS_MAX
+                self._begin(frame.call_id, most, partial(self._subscribe, frame))
+            case wire.GiveUp():
+                scope = self._calls.get(frame.call_id)
+                if scope is not None:
+                    scope.cancel()
+            case wire.Superseded():
+                log.warning("superseded", peer_id=self._session.peer_id, epoch=frame.epoch)
+            case wire.Bye():
+                self._session.end(frame.reason)
+            case _:
+                pass  # of a newer version, or nothing for a leader
+
+    def _begin(self, call_id: int, most: int, serve: Callable[[], Awaitable[wire.Answer]]) -> None:
+        if len(self._calls) >= most:
+            refusal = Overloaded("this peer has too many requests open", retry_after_s=1.0)
+            _post(self._session, wire.Answer(call_id=call_id, failure=wire.failure_of(refusal)))
+            return
+        self._calls[call_id] = trio.CancelScope()
+        self._nursery.start_soon(self._run, call_id, serve)
+
+    async def _run(self, call_id: int, serve: Callable[[], Awaitable[wire.Answer]]) -> None:
+        try:
+            with self._calls[call_id]:
+                try:
+                    answer = await serve()
+                except BitinglipError as error:
+                    answer = wire.Answer(call_id=call_id, failure=wire.failure_of(error))
+                await self._session.put(answer)
+        except Unavailable as error:
+            self._session.end(error.message)
+        finally:
+            del self._calls[call_id]
+
+    async def _call(self, call: wire.Call) -> wire.Answer:
+        value = await self._leader.call(call.request)
+        return wire.Answer(call_id=call.call_id, value=wire.encode(value))
+
+    async def _subscribe(self, ask: wire.Subscribe) -> wire.Answer:
+        since = self._journal.last if ask.since is None else ask.since
+        async with self._journal.subscribe(since) as events:
+            await self._session.put(wire.Subscribed(call_id=ask.call_id, since=since))
+            async for event in events:
+                await self._session.put(wire.Events(call_id=ask.call_id, events=(event,)))
+        raise Unavailable("the journal has ended", code="not_leading")
