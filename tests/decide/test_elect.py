@@ -1,0 +1,86 @@
+"""Who may take the leader key, and when a leader must let go."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peer.decide.elect import (
+    Campaign,
+    Depose,
+    Guard,
+    Seen,
+    Wait,
+    candidate,
+    must_step_down,
+    vouched,
+)
+from peer.limits import BEAT_S, GUARD_S, LEASE_TTL_S, READ_FRESH_S, STEP_DOWN_S
+
+
+def seen(epoch: int = 7, holder: str = "h2", beat: int = 40, ended: float = 100.0) -> Seen:
+    return Seen(epoch=epoch, holder=holder, beat_revision=beat, ended=ended)
+
+
+def test_the_bounds_leave_room_for_clocks_that_differ() -> None:
+    assert 2 * BEAT_S <= READ_FRESH_S < GUARD_S < STEP_DOWN_S < LEASE_TTL_S
+
+
+def test_a_free_key_is_campaigned_for() -> None:
+    guard, action = candidate("h1", seen(epoch=0, holder=""), Guard(6, 1, 0.0), "gone", 100.0)
+    assert guard is None
+    assert isinstance(action, Campaign)
+
+
+def test_an_earlier_life_is_deposed_at_once() -> None:
+    guard, action = candidate("h2", seen(), None, "", 100.0)
+    assert guard is None
+    assert isinstance(action, Depose)
+    assert (action.epoch, action.beat_revision) == (7, None)
+
+
+def test_a_leader_that_nobody_misses_is_left_alone() -> None:
+    guard, action = candidate("h1", seen(), Guard(7, 40, 0.0), "", 100.0)
+    assert guard is None
+    assert isinstance(action, Wait)
+
+
+def test_evidence_begins_the_guard() -> None:
+    guard, action = candidate("h1", seen(ended=100.0), None, "its link broke", 100.2)
+    assert guard == Guard(7, 40, 100.0)
+    assert isinstance(action, Wait)
+    assert abs(action.seconds - (GUARD_S - 0.2)) < 1e-9
+    assert "its link broke" in action.reason
+
+
+def test_a_beat_that_stood_still_is_deposed_with_itself_as_the_condition() -> None:
+    guard = Guard(7, 40, 100.0)
+    kept, action = candidate("h1", seen(ended=100.0 + GUARD_S), guard, "its link broke", 100.0 + GUARD_S)
+    assert kept == guard
+    assert isinstance(action, Depose)
+    assert (action.epoch, action.beat_revision) == (7, 40)
+
+
+@given(st.sampled_from([(8, 40), (7, 41)]))
+def test_a_beat_that_moved_or_a_new_epoch_begins_the_guard_anew(other: tuple[int, int]) -> None:
+    epoch, beat = other
+    guard, action = candidate(
+        "h1", seen(epoch, beat=beat, ended=109.0), Guard(7, 40, 100.0), "its link broke", 109.0
+    )
+    assert guard == Guard(epoch, beat, 109.0)
+    assert isinstance(action, Wait)
+
+
+@given(begun=st.floats(0, 1e6), took=st.floats(0, 10), guard_since=st.floats(0, 1e6))
+def test_no_read_is_vouched_for_once_another_may_have_taken_the_key(
+    begun: float, took: float, guard_since: float
+) -> None:
+    """A beat begun at `begun` stood still for whoever looked at `guard_since`, so it was there by then."""
+    deposed_at = max(guard_since, begun) + GUARD_S
+    assert not vouched(begun, deposed_at + took)
+
+
+def test_a_leader_steps_down_before_its_lease_ends() -> None:
+    assert not must_step_down(10.0, 10.0 + STEP_DOWN_S - 0.01)
+    assert must_step_down(10.0, 10.0 + STEP_DOWN_S)
+    assert vouched(10.0, 10.0)
