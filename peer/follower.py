@@ -4,6 +4,7 @@ and forwards what clients ask for."""
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
@@ -58,7 +59,7 @@ class _Forwarded:
 
 
 class Follower:
-    """`suspect(peer_id, why)` hears of a leader that is gone or cannot be reached, `trust(peer_id)` of one that leads."""
+    """`suspect(peer_id, why)` hears of a peer that cannot be reached, `trust(peer_id)` of one that answers."""
 
     def __init__(
         self,
@@ -151,10 +152,8 @@ class Follower:
 
     def _close(self, call_id: int) -> None:
         if self._calls.pop(call_id, None) is not None and self._session is not None:
-            try:
+            with suppress(Unavailable):  # the session ends, and the call with it
                 self._session.post(wire.GiveUp(call_id=call_id))
-            except Unavailable:
-                pass  # the session ends, and the call with it
 
     def _post(self, frame: wire.Frame) -> None:
         if self._session is None:

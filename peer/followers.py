@@ -63,9 +63,7 @@ class Followers:
 
     # ---------------------------------------------------------------- sessions
 
-    async def serve(
-        self, session: Session, hello: wire.Hello, version: int, leader: Leader, journal: Journal
-    ) -> None:
+    async def serve(self, session: Session, version: int, leader: Leader, journal: Journal) -> None:
         """One follower's session, to its end. A newer session of the same peer ends an older one."""
         before = self._sessions.get(session.peer_id)
         if before is not None:

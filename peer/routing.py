@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, Final, Protocol
 
 import trio
@@ -130,8 +131,7 @@ class RoutedCluster:
                         yield event
             except Unavailable:
                 pass
-            at = last
-            _, events = await self._held(lambda: self._source(at), repeatable=True)
+            _, events = await self._held(partial(self._source, last), repeatable=True)
 
     # ---------------------------------------------------------------- streams
 

@@ -1,10 +1,10 @@
 """Who may lead, and when: a voter's decisions about the leader key, and a leader's about itself.
 
 The store alone gives authority: whoever holds the leader key leads, and the key's create-revision is the epoch. A
-leader writes a fenced beat every BEAT_S. The key goes when its lease ends; evidence that the leader is gone only hurries
-that up, and only past the *silence guard*: a voter removes another's key in one transaction that holds if the beat is
-still the one it had read at least GUARD_S before. A leader that can write can therefore not be deposed by those who
-merely cannot see it.
+leader writes a fenced beat every BEAT_S. The key goes when its lease ends; evidence that the leader is gone only
+hurries that up, and only past the *silence guard*: a voter removes another's key in one transaction that holds if the
+beat is still the one it had read at least GUARD_S before. A leader that can write can therefore not be deposed by those
+who merely cannot see it.
 
 What follows for reads: a leader that began a beat at time t, acknowledged later, has not been deposed before
 t + GUARD_S. So until t + READ_FRESH_S, with READ_FRESH_S < GUARD_S, its memory is the newest there is. (Durations only:
@@ -66,7 +66,9 @@ class Depose:
 Action = Wait | Campaign | Depose
 
 
-def candidate(peer_id: str, seen: Seen, guard: Guard | None, evidence: str, now: float) -> tuple[Guard | None, Action]:
+def candidate(
+    peer_id: str, seen: Seen, guard: Guard | None, evidence: str, now: float
+) -> tuple[Guard | None, Action]:
     """What a voter that does not lead does next. `evidence`: why the holder is believed gone, "" if it is not.
 
     The guard is what to remember until the next look.

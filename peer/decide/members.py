@@ -40,7 +40,9 @@ def tags(
         if _size(wanted) > TAGS_BYTES_MAX:
             del wanted[name]
     if _size(wanted) > TAGS_BYTES_MAX:
-        raise ValueError(f"the tags take {_size(wanted)} bytes of {TAGS_BYTES_MAX}: the addresses are too long")
+        raise ValueError(
+            f"the tags take {_size(wanted)} bytes of {TAGS_BYTES_MAX}: the addresses are too long"
+        )
     return wanted
 
 
