@@ -236,26 +236,19 @@ class ClusterPeer:
             )
             return
         version = wire.agreed(self._identity.wire_versions, (hello.wire, hello.wire_min))
-        refusal = self._refusal(hello, version)
-        if refusal is None and version is not None:
-            assert self._followers is not None and self.leader is not None and self.journal is not None
-            await self._followers.serve(Session(connection), hello, version, self.leader, self.journal)
-            return
-        try:
-            with trio.move_on_after(limits.LINK_SILENT_S):
-                await connection.send(wire.encode(refusal))
-        except Unavailable:
-            pass  # the caller has gone
-
-    def _refusal(self, hello: wire.Hello, version: int | None) -> wire.Refused | None:
+        followers, leader, journal = self._followers, self.leader, self.journal
         if version is None:
-            return wire.Refused(reason=f"no common wire version: here {self._identity.wire_versions}")
-        if self.leader is not None:
-            return None
-        holder = self.follower.leader or self._holder
-        return wire.Refused(
-            reason="this peer does not lead", leader=holder if holder != hello.peer_id else ""
-        )
+            await _refuse(connection, f"no common wire version: here {self._identity.wire_versions}")
+        elif followers is None or leader is None or journal is None:
+            holder = self.follower.leader or self._holder
+            await _refuse(connection, "this peer does not lead", "" if holder == hello.peer_id else holder)
+        else:
+            await followers.serve(Session(connection), version, leader, journal)
+
+
+async def _refuse(connection: Connection, reason: str, leader: str = "") -> None:
+    with trio.move_on_after(limits.LINK_SILENT_S), suppress(Unavailable):
+        await connection.send(wire.encode(wire.Refused(reason=reason, leader=leader)))
 
 
 def _first(group: BaseExceptionGroup[BitinglipError]) -> BitinglipError:
