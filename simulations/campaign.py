@@ -10,10 +10,10 @@ import os
 import signal
 import traceback
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from msgspec.structs import replace
 
@@ -25,9 +25,12 @@ from simulations.shrink import LIMIT_S, RUNS_MAX, Shrinker
 Level = Literal["world", "policy"]
 LEVELS: Final[tuple[Level, ...]] = ("world", "policy")
 WORKERS_MAX: Final = 64
+HUNT_SEEDS_MAX: Final = 200
 _AHEAD: Final = 3  # jobs given out per process before the first one's outcome is taken
 _POLICY_HOSTS, _POLICY_FAULT_S = 4, 240.0
 _TRACEBACK_LINES = 12
+A = TypeVar("A")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,14 +77,19 @@ def perform(job: Job) -> Outcome | Broken:
 
 def perform_all(jobs: Sequence[Job], workers: int) -> Iterator[Outcome | Broken]:
     """The outcomes in the jobs' order. Closing the generator, or Ctrl-C, ends the processes."""
-    workers = max(1, min(workers, len(jobs), WORKERS_MAX))
+    return each_in_order(perform, jobs, workers)
+
+
+def each_in_order(call: Callable[[A], R], items: Sequence[A], workers: int) -> Iterator[R]:
+    """`call` of each item, in `workers` processes; one means this process."""
+    workers = max(1, min(workers, len(items), WORKERS_MAX))
     if workers == 1:
-        yield from map(perform, jobs)
+        yield from map(call, items)
         return
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _deaf)
     done = False
     try:
-        yield from _in_order(pool, jobs, workers * _AHEAD)
+        yield from _in_order(pool, call, items, workers * _AHEAD)
         done = True
     finally:
         pool.shutdown(wait=done, cancel_futures=True)
@@ -110,6 +118,45 @@ def shrunk(failed: Outcome, level: Level, *, runs_max: int = RUNS_MAX, limit_s: 
     return Shrunk(kept, shrinker.runs, shrinker.exhausted)
 
 
+@dataclass(frozen=True, slots=True)
+class Hunt:
+    """A known bug, looked for in seeds from 0 on."""
+
+    level: Level
+    bug: str
+    hosts: int | None = None
+    fault_s: float | None = None
+    seeds_max: int = HUNT_SEEDS_MAX
+
+
+@dataclass(frozen=True, slots=True)
+class Hunted:
+    """`seed` is None where no run found the bug; `check` is what noticed it."""
+
+    bug: str
+    seeds: int
+    seed: int | None
+    check: str
+
+
+def hunt(what: Hunt) -> Hunted:
+    """Raises SimulatorError."""
+    for seed in range(what.seeds_max):
+        outcome = perform(Job(what.level, seed, hosts=what.hosts, fault_s=what.fault_s, bug=what.bug))
+        if isinstance(outcome, Broken):
+            raise SimulatorError(f"seed {seed} with the bug {what.bug}: {outcome.text}")
+        if outcome.failure is not None:
+            return Hunted(what.bug, seed + 1, seed, outcome.failure.check)
+    return Hunted(what.bug, what.seeds_max, None, "")
+
+
+def known_bugs(level: Level) -> list[str]:
+    """Of the bank, those that this level can switch on."""
+    from simulations.bugs.bank import BUGS
+
+    return sorted(BUGS)
+
+
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -122,10 +169,12 @@ def _deaf() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _in_order(pool: ProcessPoolExecutor, jobs: Iterable[Job], ahead: int) -> Iterator[Outcome | Broken]:
-    given: deque[Future[Outcome | Broken]] = deque()
-    for job in jobs:
-        given.append(pool.submit(perform, job))
+def _in_order(
+    pool: ProcessPoolExecutor, call: Callable[[A], R], items: Iterable[A], ahead: int
+) -> Iterator[R]:
+    given: deque[Future[R]] = deque()
+    for item in items:
+        given.append(pool.submit(call, item))
         if len(given) >= ahead:
             yield given.popleft().result()
     while given:
@@ -154,7 +203,6 @@ def _world(job: Job) -> Outcome:
 
 
 def _policy(job: Job) -> Outcome:
-    from simulations.bugs.bank import BUGS
     from simulations.policy.driver import Shape, run
     from simulations.policy.shell import Decisions
 
@@ -163,6 +211,8 @@ def _policy(job: Job) -> Outcome:
     )
     decisions = Decisions()
     if job.bug:
+        from simulations.bugs.bank import BUGS
+
         BUGS[job.bug](decisions)
     ran = run(scenario.seed, Shape(hosts=scenario.hosts, fault_s=scenario.fault_s), decisions)
     outcome = Outcome(

@@ -1,49 +1,141 @@
-"""What many runs came to, in words and tables."""
+"""What runs came to, in words: the numbers of many, the history of a failed one."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
-from simulations.bugs.hunt import Found
-from simulations.policy.driver import Outcome, Shape
-from simulations.policy.sometimes import Sometimes
+from simulations.campaign import Broken, Level
+from simulations.outcome import Outcome
+from simulations.scenario import Fault, Op, Scenario
+
+_HISTORY_LINES_MAX = 60
 
 
-def replay_command(seed: int, shape: Shape) -> str:
-    return f"python -m simulations --seed {seed} --hosts {shape.hosts} --hours {shape.fault_s / 3600:g}"
+@dataclass(slots=True)
+class Totals:
+    """The sums of many runs. `failed` has those that the product failed; `eventful`, the one with most to see."""
+
+    level: Level
+    wall_s: float = 0.0  # of the whole series; runs may overlap
+    runs: int = 0
+    virtual_s: float = 0.0
+    real_s: float = 0.0
+    steps: int = 0
+    checks: Counter[str] = field(default_factory=Counter)
+    sometimes: Counter[str] = field(default_factory=Counter)
+    faults: Counter[str] = field(default_factory=Counter)
+    failed: list[Outcome] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+    eventful: Outcome | None = None
+
+    def add(self, outcome: Outcome | Broken) -> None:
+        if isinstance(outcome, Broken):
+            self.broken.append(outcome)
+            return
+        self.runs += 1
+        self.virtual_s += outcome.virtual_s
+        self.real_s += outcome.real_s
+        self.steps += outcome.steps
+        self.checks.update(outcome.checks)
+        self.sometimes.update(outcome.sometimes)
+        self.faults.update(outcome.faults)
+        if outcome.failure is not None:
+            self.failed.append(outcome)
+        elif self.eventful is None or len(outcome.timeline) > len(self.eventful.timeline):
+            self.eventful = outcome
+
+    @property
+    def speed(self) -> float:
+        """Virtual seconds per second of real time, all processes together."""
+        return self.virtual_s / max(1e-9, self.wall_s or self.real_s)
+
+    def numbers(self) -> Iterator[tuple[str, str]]:
+        yield "seeds run", f"{self.runs} at the {self.level} level"
+        yield "virtual time", f"{self.virtual_s / 3600:.2f} hours, {self.speed:,.0f} times real time"
+        yield "steps", f"{self.steps:,}"
+        yield "faults injected", f"{sum(self.faults.values()):,} of {len(self.faults)} kinds"
+        yield "invariants checked", f"{sum(self.checks.values()):,} times, {len(self.checks)} of them"
+        yield "held", f"{self.runs - len(self.failed)} of {self.runs}"
+        if self.broken:
+            yield "simulator at fault", str(len(self.broken))
+
+    def never(self) -> list[str]:
+        """What should be reached sometimes and was not."""
+        return [name for name in declared(self.level) if not self.sometimes[name] and not self.faults[name]]
 
 
-def summary(outcomes: Sequence[Outcome]) -> str:
-    """Everything that a person wants to know of a series of runs."""
-    checks: Counter[str] = Counter()
-    sometimes: Counter[str] = Counter()
-    for outcome in outcomes:
-        checks += outcome.checks
-        sometimes += outcome.sometimes
-    virtual_s, real_s = sum(o.virtual_s for o in outcomes), sum(o.real_s for o in outcomes)
-    faults = {name[6:]: n for name, n in sorted(sometimes.items()) if name.startswith("fault ")}
-    lines = [
-        f"seeds             {len(outcomes)}",
-        f"virtual time      {virtual_s / 3600:.2f} h ({virtual_s / max(1e-9, real_s):.0f} times real time)",
-        f"events, tasks     {sum(o.events for o in outcomes)}, {sum(o.tasks for o in outcomes)}",
-        f"faults injected   {sum(faults.values())}",
-        *(f"  {name:<40} {count:>10}" for name, count in faults.items()),
-        f"checks made       {sum(checks.values())}",
-        *(f"  {name:<56} {count:>10}" for name, count in sorted(checks.items())),
+def declared(level: Level) -> list[str]:
+    """The faults and states that many runs should reach."""
+    if level == "policy":
+        from simulations.policy.sometimes import Sometimes
+
+        return [name.removeprefix("fault ") for name in Sometimes.never(Counter())]
+    from simulations.world.faults import KINDS
+
+    return sorted(KINDS)
+
+
+def counted(counts: Mapping[str, int]) -> Iterator[tuple[str, str]]:
+    """The most frequent last, so that what is rare meets the eye."""
+    for name, count in sorted(counts.items(), key=lambda item: (item[1], item[0])):
+        yield name, f"{count:,}"
+
+
+# ------------------------------------------------------------------------------------------------ one history
+
+
+def history(scenario: Scenario) -> list[str]:
+    """Every fault and operation in the order of time, for people."""
+    lines = [(fault.at_s, 0, _fault(fault)) for fault in scenario.faults]
+    lines += [(op.at_s, 1, _op(i, op)) for i, op in enumerate(scenario.ops)]
+    shown = [f"{at_s:>9.3f} s  {text}" for at_s, _, text in sorted(lines)]
+    if len(shown) > _HISTORY_LINES_MAX:
+        left_out = len(shown) - _HISTORY_LINES_MAX
+        shown = [
+            *shown[:_HISTORY_LINES_MAX],
+            f"{'':>9}    ... and {left_out} more: the trace has all of them",
+        ]
+    return shown
+
+
+def size(scenario: Scenario, level: Level) -> str:
+    if level == "policy":
+        return f"{scenario.hosts} hosts in {scenario.fault_s:g} s; all else its seed draws"
+    upgraded = f", {len(scenario.upgraded)} upgraded" if scenario.upgraded else ""
+    return (
+        f"{scenario.hosts} hosts{upgraded}, {len(scenario.faults)} faults, {len(scenario.ops)} operations "
+        f"in {scenario.fault_s:g} s"
+    )
+
+
+def _fault(fault: Fault) -> str:
+    words = [
+        f"fault {fault.kind}",
+        " -> ".join(fault.targets) if _is_link(fault) else ", ".join(fault.targets),
     ]
-    never = list(Sometimes.never(sometimes))
-    lines.append(f"never reached     {len(never)}" + (": " + "; ".join(never) if never else ""))
-    return "\n".join(lines)
+    if fault.for_s:
+        words.append(f"for {fault.for_s:g} s")
+    if fault.strength:
+        words.append(f"strength {fault.strength:g}")
+    return "  ".join(word for word in words if word)
 
 
-def failure(outcome: Outcome) -> str:
-    return f"seed {outcome.seed} FAILED {outcome.failure}\n  {replay_command(outcome.seed, outcome.shape)}"
+def _is_link(fault: Fault) -> bool:
+    return len(fault.targets) == 2 and ("link" in fault.kind or "one_way" in fault.kind)
 
 
-def bug_table(found: Sequence[Found]) -> str:
-    lines = ["| bug | seeds | found by |", "|---|---|---|"]
-    for each in found:
-        seeds = str(each.seeds) if each.seed is not None else f"not in {each.seeds}"
-        lines.append(f"| {each.bug} | {seeds} | {each.check} |")
-    return "\n".join(lines)
+def _op(place: int, op: Op) -> str:
+    words = [f"client {op.client} asks {op.peer}: {op.kind}"]
+    if op.kind == "submit":
+        words.append(f"#{place} {op.model}, {op.tokens} tokens, at most {op.timeout_s:g} s")
+    elif op.task >= 0:
+        words.append(f"#{op.task}")
+    else:
+        words += [word for word in (op.model, op.worker) if word]
+    if op.key:
+        words.append(f"with key {op.key}")
+    if op.vanish_s:
+        words.append(f"gives up after {op.vanish_s:g} s")
+    return "  ".join(words)

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "unload": ("peer.cli.models", "Unload a model from workers."),
     "key": ("peer.cli.keys", "Make, list and revoke API keys."),
     "config": ("peer.cli.check", "Check a configuration file."),
+    "simulate": ("peer.cli.simulate", "Run a cluster through bad days in virtual time."),
     "doctor": ("peer.cli.doctor", "Check this host for what a peer needs."),
     "demo": ("peer.cli.demo", "Start a peer, generate a text, stop it."),
 }
