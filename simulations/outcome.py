@@ -17,8 +17,9 @@ CLUSTER = "cluster"  # the row of marks that belong to no single peer
 class Mark:
     """Something to draw on the timeline, in virtual seconds; `until_s` is None for a moment.
 
-    A band that never ended is given the end of the run. Marks of kind "task" have as text what became of a task:
-    "queued", "running", "completed", "failed", "timeout", "cancelled"; they are counted, not drawn one by one.
+    A band that never ended is given the end of the run. A mark of kind "task" is a moment at which a task changed;
+    its text is the new state and the task's name: "queued #3", "running #3", and any other state for an end. They
+    are counted to a curve, not drawn one by one.
     """
 
     at_s: float
