@@ -90,7 +90,9 @@ class ClusterPeer:
             self.election = Election(
                 identity.peer_id, store, clock, entropy, lead=self._lead, seen=self._seen_leader
             )
-        self._holder = ""
+        self._scope: trio.CancelScope | None = None
+        self._executed = trio.Event()
+        self._holder = ""  # of the leader key, when this voter last looked
         self._followers: Followers | None = None
         self.leader: Leader | None = None
         self.journal: Journal | None = None
@@ -98,16 +100,33 @@ class ClusterPeer:
         self.cluster = RoutedCluster(self, self.follower, self.executor, identity.catalogue)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Until cancelled. Raises StoreBroken when this voter's store is."""
+        """Until `stop` or cancelled. Raises StoreBroken when this voter's store or this host's disk is."""
         async with trio.open_nursery() as nursery:
+            self._scope = nursery.cancel_scope
             self._announce(epoch=0)
-            nursery.start_soon(self.executor.run)
+            nursery.start_soon(self._execute)
             nursery.start_soon(self.membership.run)
             await nursery.start(self._network.listen, self._accept)
             nursery.start_soon(self.follower.run, self._may_follow)
             if self.election is not None:
                 nursery.start_soon(self.election.run)
             task_status.started()
+
+    async def stop(self, drain_s: float = limits.DRAIN_S_MAX) -> bool:
+        """Hand the leadership over, let runs end, then end `run`. False if some run was cut off at the limit."""
+        if self.election is not None:
+            self.election.resign()
+        done = await self.executor.drain(drain_s)
+        self.executor.stop()
+        with trio.move_on_after(limits.ENGINE_STOP_S_MAX):
+            await self._executed.wait()
+        if self._scope is not None:
+            self._scope.cancel()
+        return done
+
+    async def _execute(self) -> None:
+        await self.executor.run()
+        self._executed.set()
 
     def _may_follow(self) -> bool:
         return self._followers is None
