@@ -107,6 +107,15 @@ class Executor:
     def worker_ids(self) -> tuple[str, ...]:
         return tuple(self._workers)
 
+    @property
+    def reports_waiting(self) -> int:
+        """Not yet taken by a leader."""
+        return len(self._reports)
+
+    def held(self) -> tuple[str, ...]:
+        """Keys `<task_id>/<attempt>` of all that this peer answers for: running, or with an unrecorded outcome."""
+        return tuple(key for worker in self._workers.values() for key in worker.held())
+
     # ------------------------------------------------------------ service
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:

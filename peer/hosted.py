@@ -450,8 +450,11 @@ class HostedWorker:
     def unload(self, model_name: str) -> None:
         self.replicas.unload(model_name)
 
+    def held(self) -> tuple[str, ...]:
+        """Attempts that run, or whose outcome is not recorded: this peer still answers for them."""
+        return (*self._attempts, *self._outcomes)
+
     def snapshot(self, host: HostInfo, sent_at: float) -> WorkerReport:
-        """`running` also names attempts whose outcome is not recorded: this peer still answers for them."""
         return WorkerReport(
             worker_id=self.worker_id,
             peer_id=self.peer_id,
@@ -460,7 +463,7 @@ class HostedWorker:
             host=host,
             telemetry=self._telemetry,
             replicas=self.replicas.snapshot(),
-            running=(*self._attempts, *self._outcomes),
+            running=self.held(),
             slots_max=self._slots_max,
             engine_pid=self._pid,
             deaths=self._deaths,
