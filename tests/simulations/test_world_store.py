@@ -1,0 +1,635 @@
+"""The simulated store's faults, and commits through all of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import trio
+
+from peer import limits
+from peer.errors import (
+    Ambiguous,
+    BitinglipError,
+    Compacted,
+    Fenced,
+    NotFound,
+    StoreError,
+    TooLarge,
+    Unavailable,
+)
+from peer.ports import BATCH_KEY, LEADER_KEY, Compare, Delete, Put, Write
+from simulations.errors import InvariantViolated, SimulatorError
+from simulations.world.kernel import Incarnation, World, run_world
+from simulations.world.store import EtcdModel, SimStore
+
+VOTERS = ("h1", "h2", "h3")
+TTL_S = 5.0
+
+
+class Setup:
+    """Three voters and a network between them whose broken pairs are in `cut`."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.cut: set[tuple[str, str]] = set()
+        self.model = EtcdModel(
+            VOTERS,
+            world.rng("etcd"),
+            reachable=lambda a, b: (a, b) not in self.cut,
+            violated=world.violated,
+        )
+        self.lives = 0
+        world.spawn(self.model.run)
+
+    def process(self, name: str) -> Incarnation:
+        self.lives += 1
+        return Incarnation(self.world, name, self.lives)
+
+    def store(self, name: str = "h1", process: Incarnation | None = None) -> SimStore:
+        process = process or self.process(name)
+        return SimStore(self.model, process, self.world.rng(f"store/{name}/{self.lives}"))
+
+    def isolate(self, name: str) -> None:
+        self.cut |= {pair for other in VOTERS for pair in ((name, other), (other, name)) if other != name}
+
+    async def lead(self, store: SimStore) -> int:
+        await store.txn((), [Delete(LEADER_KEY)])
+        return (await store.txn((), [Put(LEADER_KEY, store.peer_id.encode())])).revision
+
+
+def simulated(test: Callable[[Setup], Awaitable[None]], seed: int = 1) -> None:
+    async def main(world: World) -> None:
+        await test(Setup(world))
+
+    run_world(main, seed)
+
+
+async def fails(error: type[Exception], call: Awaitable[object]) -> float:
+    """How long it took to fail so."""
+    began = trio.current_time()
+    with pytest.raises(error):
+        await call
+    return trio.current_time() - began
+
+
+# ------------------------------------------------------------------------------------------------ members, links
+
+
+def test_without_quorum_nothing_but_time_outs() -> None:
+    async def test(s: Setup) -> None:
+        store = s.store()
+        lease = await store.grant(TTL_S)
+        s.model.quorum_lost(True)
+        for call in (store.get(["a"]), store.range("", "z"), store.count("", "z"), store.txn([], [])):
+            assert await fails(Unavailable, call) == pytest.approx(limits.STORE_CALL_S_MAX)
+        writes = (
+            store.txn([], [Put("a", b"")]),
+            store.grant(TTL_S),
+            store.keepalive(lease.lease_id),
+            store.revoke(lease.lease_id),
+        )
+        for write in writes:
+            assert await fails(Ambiguous, write) == pytest.approx(limits.STORE_CALL_S_MAX)
+        await trio.sleep(20)
+        assert lease.lease_id in s.model.leases  # nobody is there to end it
+        s.model.mend()
+        await trio.sleep(4)
+        await store.keepalive(lease.lease_id)  # a new leader gives it its whole time
+        await store.get(["a"])
+
+    simulated(test)
+
+
+def test_the_minority_side_can_do_nothing_and_the_others_go_on() -> None:
+    async def test(s: Setup) -> None:
+        stores = {name: s.store(name) for name in VOTERS}
+        first = s.model.leader
+        s.isolate(first)
+        await fails(Ambiguous, stores[first].txn([], [Put("a", b"minority")]))
+        await trio.sleep(5)
+        assert s.model.leader not in ("", first)
+        other = s.model.leader
+        await stores[other].txn([], [Put("b", b"majority")])
+        await fails(Unavailable, stores[first].get(["b"]))
+        s.cut.clear()
+        await trio.sleep(1)
+        assert (await stores[first].get(["b"]))["b"].value == b"majority"
+
+    simulated(test)
+
+
+def test_a_link_that_is_cut_one_way_is_cut() -> None:
+    async def test(s: Setup) -> None:
+        other = next(name for name in VOTERS if name != s.model.leader)
+        s.cut.add((s.model.leader, other))
+        await fails(Unavailable, s.store(other).get(["a"]))
+        await s.store(s.model.leader).get(["a"])
+
+    simulated(test)
+
+
+def test_a_short_cut_moves_no_leader() -> None:
+    async def test(s: Setup) -> None:
+        store, leader = s.store(), s.model.leader
+        s.isolate(leader)
+        with trio.move_on_after(0.5):
+            await store.get(["a"])
+        s.cut.clear()
+        await store.get(["a"])
+        assert s.model.leader == leader
+
+    simulated(test)
+
+
+def test_a_member_that_is_down_refuses_at_once_and_comes_back_with_all() -> None:
+    async def test(s: Setup) -> None:
+        store = s.store("h2")
+        revision = (await store.txn([], [Put("a", b"1")])).revision
+        s.model.fsync_error("h2")
+        assert await fails(Unavailable, store.txn([], [Put("a", b"2")])) < 0.1
+        assert await fails(Unavailable, store.get(["a"])) < 0.1
+        s.model.member_up("h2")
+        await trio.sleep(4)
+        assert (await store.get(["a"]))["a"].mod_revision == revision
+
+    simulated(test)
+
+
+def test_a_member_that_ends_in_mid_call_leaves_it_ambiguous() -> None:
+    async def test(s: Setup) -> None:
+        store = s.store()
+        s.model.quorum_lost(True)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails, Ambiguous, store.txn([], [Put("a", b"")]))
+            nursery.start_soon(fails, Unavailable, store.get(["a"]))
+            await trio.sleep(0.5)
+            s.model.member_down("h1")
+
+    simulated(test)
+
+
+def test_a_frozen_member_neither_answers_nor_refuses() -> None:
+    async def test(s: Setup) -> None:
+        name = next(name for name in VOTERS if name != s.model.leader)
+        store = s.store(name)
+        s.model.member_frozen(name, True)
+        assert await fails(Unavailable, store.get(["a"])) == pytest.approx(limits.STORE_CALL_S_MAX)
+        s.model.member_frozen(name, False)
+        await store.get(["a"])
+
+    simulated(test)
+
+
+def test_a_leader_that_moves_makes_leases_last_longer_never_shorter() -> None:
+    async def test(s: Setup) -> None:
+        for _ in range(10):
+            store = s.store()
+            lease = await store.grant(TTL_S)
+            await trio.sleep(TTL_S - 0.1)
+            leader, began = s.model.leader, trio.current_time()
+            s.model.move_leader()
+            with trio.move_on_after(0.45) as silent:
+                await s.model.serving("h1", s.model.members["h1"].life)
+            assert silent.cancelled_caught
+            await s.model.serving("h1", s.model.members["h1"].life)
+            assert 0.5 <= trio.current_time() - began <= 3.3
+            assert s.model.leader != leader
+            await trio.sleep(TTL_S - 0.6)
+            await store.keepalive(lease.lease_id)
+            await trio.sleep(TTL_S + 0.8)
+            await fails(NotFound, store.keepalive(lease.lease_id))
+
+    simulated(test)
+
+
+# ------------------------------------------------------------------------------------------------ writes
+
+
+@pytest.mark.parametrize(("fate", "at_once", "in_the_end"), [("done", 1, 1), ("lost", 0, 0), ("late", 0, 1)])
+def test_a_time_out_tells_nothing(fate: str, at_once: int, in_the_end: int) -> None:
+    async def test(s: Setup) -> None:
+        store = s.store()
+        s.model.next_writes("h1", "", fate)
+        await store.txn([], [Put("z", b"")])
+        await fails(Ambiguous, store.txn([], [Put("a", b"")]))
+        assert await store.count("a", "b") == at_once
+        await trio.sleep(15)
+        assert await store.count("a", "b") == in_the_end
+
+    simulated(test)
+
+
+def test_a_slow_store_answers_late_or_not_in_time() -> None:
+    async def test(s: Setup) -> None:
+        store = s.store()
+        s.model.slow(20)
+        await store.txn([], [Put("a", b"")])
+        assert 0.02 <= trio.current_time() <= 0.21
+        s.model.slow(10_000)
+        await fails(Ambiguous, store.txn([], [Put("b", b"")]))
+        await fails(Unavailable, store.get(["a"]))
+        s.model.mend()
+        await store.get(["a"])
+
+    simulated(test)
+
+
+def test_without_space_puts_are_refused_and_the_rest_goes_on() -> None:
+    async def test(s: Setup) -> None:
+        store = s.store()
+        lease = await store.grant(TTL_S)
+        epoch = await s.lead(store)
+        await store.txn([], [Put("a", b"")])
+        s.model.no_space(True)
+        for call in (store.txn([], [Put("b", b"")]), store.grant(1), store.commit(epoch, [Put("c", b"")])):
+            with pytest.raises(Unavailable) as refused:
+                await call
+            assert refused.value.code == "store_full"
+        await store.keepalive(lease.lease_id)
+        await store.txn([], [Delete("a")])
+        s.model.mend()
+        await store.commit(epoch, [Put("d", b"")])  # what was refused binds nobody
+        assert set(s.model.data) == {LEADER_KEY, BATCH_KEY, "d"}
+
+    simulated(test)
+
+
+def test_a_request_that_is_too_large_is_refused() -> None:
+    async def test(s: Setup) -> None:
+        store = s.store()
+        await fails(TooLarge, store.txn([], [Put("a", bytes(2_000_000))]))
+
+    simulated(test)
+
+
+def test_a_caller_that_goes_away_may_have_written() -> None:
+    async def test(s: Setup) -> None:
+        store = s.store()
+        for number in range(60):
+            with trio.move_on_after(0.004):
+                await store.txn([], [Put(f"{number}", b"")])
+        await trio.sleep(10)
+        assert 20 < len(s.model.data) < 60
+
+    simulated(test)
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+def test_what_a_dead_process_had_not_sent_has_no_effect() -> None:
+    async def test(s: Setup) -> None:
+        process = s.process("h1")
+        store = s.store(process=process)
+        process.crash()
+        await fails(Unavailable, store.txn([], [Put("a", b"")]))
+        await fails(Unavailable, store.get(["a"]))
+        await trio.sleep(10)
+        assert s.model.data == {}
+
+    simulated(test)
+
+
+def test_what_a_killed_process_had_sent_may_take_effect() -> None:
+    async def test(s: Setup) -> None:
+        for number in range(40):
+            process = s.process("h1")
+            store = s.store(process=process)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(process.run, store.txn, [], [Put(f"{number}", b"")])
+                await trio.sleep(0.002)
+                process.crash()
+        await trio.sleep(10)
+        assert 5 < len(s.model.data) < 40
+
+    simulated(test)
+
+
+def test_a_lease_expires_while_its_owner_is_frozen_and_its_commits_are_fenced() -> None:
+    outcomes: list[object] = []
+
+    async def test(s: Setup) -> None:
+        process = s.process("h1")
+        store = s.store(process=process)
+
+        async def leads() -> None:
+            lease = await store.grant(TTL_S)
+            put = await store.txn([], [Put(LEADER_KEY, b"h1", lease.lease_id)])
+            await store.commit(put.revision, [Put("a", b"1")])
+            while True:
+                try:
+                    await store.keepalive(lease.lease_id)
+                    await trio.sleep(1)
+                except NotFound:
+                    break
+            try:
+                outcomes.append(await store.commit(put.revision, [Put("a", b"2")]))
+            except BitinglipError as error:
+                outcomes.append(type(error))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(process.run, leads)
+            await trio.sleep(2.5)
+            process.freeze()
+            await trio.sleep(TTL_S - 1.5)
+            assert LEADER_KEY in s.model.data
+            await trio.sleep(2.1)
+            assert LEADER_KEY not in s.model.data
+            process.thaw()
+        assert s.model.data["a"].value == b"1"
+
+    simulated(test)
+    assert outcomes == [Fenced]
+
+
+def test_keepalives_that_are_lost() -> None:
+    async def test(s: Setup) -> None:
+        store = s.store()
+        lease = await store.grant(TTL_S)
+        s.model.lose_keepalives(1.0)
+        for _ in range(2):
+            await fails(Ambiguous, store.keepalive(lease.lease_id))
+        s.model.mend()
+        await trio.sleep(TTL_S - 2 * limits.STORE_CALL_S_MAX)
+        await fails(NotFound, store.keepalive(lease.lease_id))
+
+    simulated(test)
+
+
+# ------------------------------------------------------------------------------------------------ watching
+
+
+def test_a_watch_ends_with_its_member() -> None:
+    async def test(s: Setup) -> None:
+        store = s.store()
+
+        async def follow() -> None:
+            with pytest.raises(Unavailable):
+                async with store.watch("", 1) as batches:
+                    async for _ in batches:
+                        pass
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(follow)
+            await trio.sleep(1)
+            s.model.member_down("h1")
+
+    simulated(test)
+
+
+def test_a_watch_on_the_minority_side_is_silent_and_then_goes_on() -> None:
+    async def test(s: Setup) -> None:
+        name = next(name for name in VOTERS if name != s.model.leader)
+        cut_off, other = s.store(name), s.store(s.model.leader)
+        seen: list[tuple[int, float]] = []
+
+        async def follow() -> None:
+            async with cut_off.watch("a", 1) as batches:
+                async for batch in batches:
+                    seen.append((batch.revision, trio.current_time()))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(follow)
+            await other.txn([], [Put("a", b"1")])
+            await trio.sleep(0.1)
+            s.isolate(name)
+            for number in range(5):
+                await other.txn([], [Put(f"a{number}", b"2")])
+            await trio.sleep(1)
+            assert [revision for revision, _ in seen] == [2]
+            s.cut.clear()
+            await trio.sleep(1)
+            assert [revision for revision, _ in seen] == [2, 3, 4, 5, 6, 7]
+            nursery.cancel_scope.cancel()
+
+    simulated(test)
+
+
+def test_a_watch_that_is_behind_is_compacted() -> None:
+    async def test(s: Setup) -> None:
+        store = s.store()
+        await store.txn([], [Put("a", b"1")])
+        async with store.watch("", 1) as batches:
+            s.model.compact_all()
+            await fails(Compacted, anext(batches))
+        async with store.watch("", s.model.revision + 1) as batches:
+            await store.txn([], [Put("a", b"2")])
+            assert (await anext(batches)).revision == s.model.revision
+
+    simulated(test)
+
+
+# ------------------------------------------------------------------------------------------------ the product's duty
+
+
+@pytest.mark.parametrize("what", ["twice", "two at once", "never granted", "others while ambiguous"])
+def test_breaking_the_ports_contract_is_the_products_fault(what: str) -> None:
+    async def test(s: Setup) -> None:
+        store = s.store()
+        epoch = await s.lead(store)
+        await store.commit(epoch, [Put("a", b"")])
+        match what:
+            case "twice":
+                await store.txn([], [Put("a", b""), Delete("a")])
+            case "two at once":
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(store.commit, epoch, [Put("a", b"")])
+                    nursery.start_soon(store.commit, epoch, [Put("b", b"")])
+            case "never granted":
+                await store.commit(epoch + 1, [Put("a", b"")])
+            case _:
+                s.model.next_writes("h1", "done")
+                await fails(Ambiguous, store.commit(epoch, [Put("a", b"")]))
+                await store.commit(epoch, [Put("b", b"")])
+
+    with pytest.raises(InvariantViolated) as caught:
+        simulated(test)
+    assert caught.value.check == "port_contract"
+
+
+def test_a_host_without_a_member_has_no_store() -> None:
+    async def test(s: Setup) -> None:
+        s.store("h9")
+
+    with pytest.raises(SimulatorError):
+        simulated(test)
+    with pytest.raises(SimulatorError):
+        EtcdModel([], random.Random())
+
+
+def test_every_revision_is_told_with_its_epoch_and_peer() -> None:
+    told: list[tuple[int, tuple[Write, ...], int | None, str]] = []
+
+    async def test(s: Setup) -> None:
+        s.model.on_applied.append(lambda *applied: told.append(applied))
+        store = s.store()
+        lease = await store.grant(TTL_S)
+        await store.txn([], [Put("x", b"", lease.lease_id), Delete("missing")])
+        epoch = await s.lead(store)
+        await store.commit(epoch, [Put("a", b"")])
+        await trio.sleep(2 * TTL_S)
+        assert s.model.epochs == {epoch: "h1"}
+
+    simulated(test)
+    assert told == [
+        (2, (Put("x", b"", 1),), None, "h1"),
+        (3, (Put(LEADER_KEY, b"h1"),), None, "h1"),
+        (4, (Put("a", b""), Put(BATCH_KEY, b"3/1")), 3, "h1"),
+        (5, (Delete("x"),), None, ""),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ any bad day
+
+
+class Day:
+    """Voters that campaign and commit numbered batches, tried again for a while, through random faults."""
+
+    def __init__(self, s: Setup) -> None:
+        self.s = s
+        self.rng = s.world.rng("day")
+        self.applied: dict[str, int] = {}  # batch: its place in the log
+        self.acknowledged: dict[str, int] = {}
+        self.unsent: set[str] = set()
+        self.order: dict[int, list[str]] = {}
+        self.processes: dict[str, Incarnation] = {}
+        self.kinds: dict[str, int] = {}
+        s.model.on_applied.append(self._told)
+
+    def _told(self, revision: int, writes: tuple[Write, ...], epoch: int | None, peer_id: str) -> None:
+        for write in writes:
+            if write.key == "name" and isinstance(write, Put):
+                name = write.value.decode()
+                assert name not in self.applied, "twice"
+                assert epoch == self.s.model.data[LEADER_KEY].create_revision
+                assert name.startswith(f"{epoch}:")
+                self.applied[name] = revision
+
+    async def life(self, store: SimStore) -> None:
+        """A process: it leads when it can, until a fence or a fault ends it."""
+        while True:
+            try:
+                await self.leadership(store)
+            except (StoreError, Unavailable, NotFound) as error:
+                self.kinds[type(error).__name__] = self.kinds.get(type(error).__name__, 0) + 1
+            await trio.sleep(self.rng.uniform(0.1, 2.0))
+
+    async def leadership(self, store: SimStore) -> None:
+        lease = await store.grant(TTL_S)
+        vacant = [Compare(LEADER_KEY, "create_revision", 0)]
+        won = await store.txn(vacant, [Put(LEADER_KEY, store.peer_id.encode(), lease.lease_id)])
+        if not won.succeeded:
+            return
+        epoch, number = won.revision, 0
+        while True:
+            number += 1
+            name = f"{epoch}:{number}"
+            self.order.setdefault(epoch, []).append(name)
+            writes = [Put("name", name.encode()), Put(f"n/{number % 5}", b"")]
+            for tries in range(self.rng.choice([1, 3, 8])):
+                try:
+                    self.acknowledged[name] = await store.commit(epoch, writes)
+                    break
+                except Unavailable:
+                    assert tries == 0 or name in self.unsent, "ambiguous before, and now it was never sent"
+                    self.unsent.add(name)
+                except Ambiguous:
+                    self.unsent.discard(name)
+                await trio.sleep(0.1)
+            else:
+                return
+            self.unsent.discard(name)
+            if number % 5 == 0:
+                await store.keepalive(lease.lease_id)
+            await trio.sleep(self.rng.uniform(0.0, 0.2))
+
+    async def run(self, seconds: float) -> None:
+        for name in VOTERS:
+            self.start(name)
+        end = trio.current_time() + seconds
+        while trio.current_time() < end:
+            await trio.sleep(self.rng.uniform(0.2, 3.0))
+            await self.fault()
+        self.mend()
+        before = len(self.acknowledged)
+        await trio.sleep(30)
+        assert len(self.acknowledged) > before + 10, "it does not go on after the faults"
+
+    def start(self, name: str) -> None:
+        process = self.processes[name] = self.s.process(name)
+        self.s.world.spawn(process.run, self.life, self.s.store(name, process))
+
+    async def fault(self) -> None:
+        rng, model = self.rng, self.s.model
+        name = rng.choice(VOTERS)
+        match rng.randrange(11):
+            case 0:
+                self.s.isolate(name)
+            case 1:
+                model.member_down(name)
+            case 2:
+                model.move_leader()
+            case 3:
+                model.time_outs(rng.uniform(0.05, 0.5))
+            case 4:
+                self.processes[name].crash()
+                self.start(name)
+            case 5:
+                self.processes[name].freeze()
+                await trio.sleep(rng.uniform(0.0, 2 * TTL_S))
+                self.processes[name].thaw()
+            case 6:
+                model.slow(rng.choice([5, 100, 400]))
+            case 7:
+                model.quorum_lost(True)
+                await trio.sleep(rng.uniform(0.1, 4))
+                model.quorum_lost(False)
+            case 8:
+                model.no_space(True)
+                await trio.sleep(rng.uniform(0.1, 1))
+                model.no_space(False)
+            case _:
+                self.mend()
+
+    def mend(self) -> None:
+        self.s.cut.clear()
+        self.s.model.mend()
+
+    def check(self) -> None:
+        assert self.acknowledged.items() <= self.applied.items(), "acknowledged at another revision, or never"
+        assert not self.unsent & set(self.applied), "applied, though it was said not to be sent"
+        epochs = [int(name.partition(":")[0]) for name in self.applied]
+        assert epochs == sorted(epochs), "an older epoch's after a newer one's"
+        for epoch, order in self.order.items():
+            mine = [name for name in self.applied if name.startswith(f"{epoch}:")]
+            assert mine == [name for name in order if name in self.applied], "out of order"
+
+
+def bad_day(seed: int, seconds: float = 120) -> tuple[Any, ...]:
+    async def main(world: World) -> tuple[Any, ...]:
+        day = Day(Setup(world))
+        await day.run(seconds)
+        day.check()
+        return tuple(day.applied.items()), len(day.order), len(day.acknowledged), day.kinds
+
+    return run_world(main, seed)
+
+
+def test_commits_through_bad_days_take_effect_once_and_in_order() -> None:
+    epochs, acknowledged, kinds = 0, 0, set[str]()
+    for seed in range(25):
+        _, led, told, met = bad_day(seed)
+        epochs += led
+        acknowledged += told
+        kinds |= met.keys()
+    assert epochs > 100
+    assert acknowledged > 2_000
+    assert kinds >= {"Fenced", "Ambiguous", "Unavailable"}
+
+
+def test_the_same_seed_is_the_same_day() -> None:
+    assert bad_day(7) == bad_day(7)
+    assert bad_day(7) != bad_day(8)
