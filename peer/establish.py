@@ -10,7 +10,7 @@ from peer.state.base import Record
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.metric import Bucket
-from peer.state.model import Assignment, LoadProfile, Model
+from peer.state.model import Assignment, Draining, LoadProfile, Model
 from peer.state.plan import Plan
 from peer.state.record import decode, idempotency_key, prefix_end
 from peer.state.snapshot import Policy, Snapshot
@@ -21,6 +21,7 @@ _PAGE = 1_000
 _KINDS: Mapping[str, type[Record]] = {
     "worker/": Worker,
     "assignment/": Assignment,
+    "draining/": Draining,
     "profile/": LoadProfile,
     "key/": ApiKey,
     "plan/": Plan,

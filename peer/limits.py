@@ -28,6 +28,10 @@ LOADS_FAILED_MAX: Final = 3
 LOAD_RETRY_S: Final = (1.0, 5.0, 30.0)  # after a failed load
 MOVES_MAX: Final = 16  # of one rebalance
 WORKER_SILENT_S: Final = 6.0  # a worker without a report is offline
+RELINK_S: Final = 1.0  # a peer whose session ended and did not come back by then is lost
+STARVED_S: Final = 2.0  # a tick so late was the leader's own gap: no worker's silence is counted over it
+LOSS_WINDOW_S: Final = 10.0  # no more than a share of the peers is lost within it without confirmation
+LOSS_CONFIRM_S: Final = 20.0  # a silence so long confirms a loss, as gossip does
 RETENTION_BATCH: Final = 200  # finished tasks forgotten per tick
 
 # leadership

@@ -6,7 +6,7 @@ are sampled each second into memory and saved when their minute closes; a crash 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 from msgspec.structs import replace as changed
@@ -95,7 +95,7 @@ def roll_up(snapshot: Snapshot, now: float) -> Decision:
     for resolution, finer in _FINER.items():
         width = RESOLUTIONS[resolution]
         open_start = int(now) // width * width
-        starts = {start // width * width for start in snapshot.history.starts(finer)}
+        starts = set(_unclosed(snapshot.history, resolution, finer))
         starts |= {bucket.start // width * width for bucket in closed[finer]}
         for start in sorted(starts):
             if start >= open_start or snapshot.history.get(resolution, start) is not None:
@@ -113,6 +113,19 @@ def roll_up(snapshot: Snapshot, now: float) -> Decision:
                 break
             decision.changes.append(Drop(Bucket(resolution=resolution, start=start)))
     return decision
+
+
+def _unclosed(history: History, resolution: str, finer: str) -> Iterator[int]:
+    """Starts of the coarser spans that have finer buckets and may not be closed yet, the newest first.
+
+    Spans are closed in order and all at once: what is before the last closed one is closed.
+    """
+    width = RESOLUTIONS[resolution]
+    closed = next(history.newest(resolution), None)
+    for start in history.newest(finer):
+        if closed is not None and start < closed + width:
+            return
+        yield start // width * width
 
 
 # ---------------------------------------------------------------- reading

@@ -11,6 +11,7 @@ from peer.decide.workers import (
     can_run,
     free_slots,
     held_of,
+    is_up,
     load_seconds,
     memory,
     memory_needed,
@@ -20,7 +21,7 @@ from peer.decide.workers import (
     usable,
 )
 from peer.errors import Conflict, NotFound
-from peer.limits import LOADS_FAILED_MAX
+from peer.limits import LOADS_FAILED_MAX, WORKER_SILENT_S
 from peer.state.command import (
     AssignModel,
     AssignReply,
@@ -30,10 +31,11 @@ from peer.state.command import (
     UnloadModel,
     UnloadReply,
 )
-from peer.state.model import Assignment, Model, Replica, ReplicaState
+from peer.state.model import Assignment, Draining, Model, Replica, ReplicaState
 from peer.state.order import LoadReplica, RestartEngine, UnloadReplica
-from peer.state.snapshot import Drain, Drop, Foresee, Pause, Save, Snapshot
+from peer.state.snapshot import Drop, Foresee, Pause, Save, Snapshot
 
+OWNER, ROOM, MOVE = "owner", "room", "move"  # why a replica drains
 _RESTART_S = 5.0  # before a worker's first start has been measured
 
 
@@ -76,6 +78,14 @@ def unload_now(snapshot: Snapshot, now: float, replica: Replica, decision: Decis
     )
 
 
+def drain(snapshot: Snapshot, now: float, worker_id: str, model_name: str, because: str) -> Save:
+    """A replica is to go. An owner's wish is not replaced by a reason that may be taken back."""
+    known = snapshot.draining.get((worker_id, model_name))
+    if known is not None and because != OWNER:
+        return Save(known)
+    return Save(Draining(worker_id=worker_id, model_name=model_name, since=now, because=because))
+
+
 # ---------------------------------------------------------------- what owners ask for
 
 
@@ -99,7 +109,10 @@ def assign(snapshot: Snapshot, now: float, command: AssignModel, assignment_id: 
             priority=command.priority,
             created_at=now,
         )
-        decision.changes += [Save(wish), Drain(worker_id, model.name, wanted=False)]
+        decision.changes.append(Save(wish))
+        draining = snapshot.draining.get((worker_id, model.name))
+        if draining is not None:
+            decision.changes.append(Drop(draining))
         replica = snapshot.replicas.get(worker_id, {}).get(model.name)
         if replica is not None and replica.state is ReplicaState.FAILED:  # asked anew: tried anew, at once
             fresh = changed(replica, failures=0, not_before=0.0)
@@ -175,8 +188,11 @@ def unload(snapshot: Snapshot, now: float, command: UnloadModel) -> Decision:
         if worker_id not in snapshot.workers:
             raise unknown_worker(snapshot, worker_id)
     wanted = command.worker_ids or tuple(snapshot.workers)
+    unheard = _may_have(snapshot, now, command.worker_ids)
     affected = tuple(
-        w for w in wanted if name in snapshot.replicas.get(w, {}) or (w, name) in snapshot.assignments
+        w
+        for w in wanted
+        if name in snapshot.replicas.get(w, {}) or (w, name) in snapshot.assignments or w in unheard
     )
     if not affected:
         raise Conflict(
@@ -190,8 +206,8 @@ def unload(snapshot: Snapshot, now: float, command: UnloadModel) -> Decision:
         wish = snapshot.assignments.get((worker_id, name))
         if wish is not None:
             decision.changes.append(Drop(wish))
-        if name in snapshot.replicas.get(worker_id, {}):
-            decision.changes.append(Drain(worker_id, name, wanted=True))
+        if name in snapshot.replicas.get(worker_id, {}) or worker_id not in snapshot.reports:
+            decision.changes.append(drain(snapshot, now, worker_id, name, OWNER))
         if command.force:
             for task in snapshot.held.get(worker_id, {}).values():
                 if task.model_name == name:
@@ -200,6 +216,12 @@ def unload(snapshot: Snapshot, now: float, command: UnloadModel) -> Decision:
                     requeued.append(task.task_id)
     decision.reply = UnloadReply(model_name=name, affected_workers=affected, requeued_tasks=tuple(requeued))
     return decision
+
+
+def _may_have(snapshot: Snapshot, now: float, named: tuple[str, ...]) -> frozenset[str]:
+    """Workers of whose replicas this leader knows nothing: those that are named, at its beginning all of them."""
+    young = now - snapshot.started_at <= WORKER_SILENT_S
+    return frozenset(w for w in (named or snapshot.workers if young else named) if w not in snapshot.reports)
 
 
 def restart(snapshot: Snapshot, now: float, command: RestartWorker) -> Decision:
@@ -229,29 +251,35 @@ def reconcile(snapshot: Snapshot, now: float) -> Decision:
     """Bring replicas towards wishes and demand. Each worker begins one load at a time."""
     decision = Decision()
     _finish_drains(snapshot, now, decision)
-    workers = usable(snapshot, now)
-    idle = [w for w in workers if not _loading(snapshot, w)]
-    for wish in sorted(snapshot.assignments.values(), key=lambda a: (a.priority, a.created_at, a.model_name)):
-        if wish.preload and wish.worker_id in idle:
-            model = snapshot.catalogue.get(wish.model_name)
-            if model is not None and _begin(snapshot, now, model, wish.worker_id, decision):
-                idle.remove(wish.worker_id)
+    begun: dict[str, None] = {}
+    wishes = snapshot.index.unmet.values()
+    for wish in sorted(wishes, key=lambda a: (a.priority, a.created_at, a.model_name, a.worker_id)):
+        model = snapshot.catalogue.get(wish.model_name)
+        if model is None or not _may_load(snapshot, now, wish.worker_id, begun):
+            continue
+        if _begin(snapshot, now, model, wish.worker_id, decision):
+            begun[wish.worker_id] = None
+    candidates: list[str] | None = None
     for model_name in sorted(snapshot.queues, key=lambda name: snapshot.queues[name][0]):
         model = snapshot.catalogue.get(model_name)
-        if model is None or not _wants_replica(snapshot, now, model_name, workers):
+        if model is None or not _wants_replica(snapshot, now, model_name):
             continue
-        for worker_id in _by_preference(snapshot, model, idle):
+        if candidates is None:
+            candidates = [w for w in usable(snapshot, now) if _may_load(snapshot, now, w, begun)]
+        for worker_id in _by_preference(snapshot, model, candidates):
             if _begin(snapshot, now, model, worker_id, decision):
-                idle.remove(worker_id)
+                candidates.remove(worker_id)
                 break
     return decision
 
 
 def _finish_drains(snapshot: Snapshot, now: float, decision: Decision) -> None:
-    for worker_id, model_name in snapshot.draining:
+    """A drain is over when its replica is gone, which only a report can say: a new leader waits for the first one."""
+    for (worker_id, model_name), draining in snapshot.draining.items():
         replica = snapshot.replicas.get(worker_id, {}).get(model_name)
         if replica is None:
-            decision.changes.append(Drain(worker_id, model_name, wanted=False))
+            if worker_id in snapshot.reports:
+                decision.changes.append(Drop(draining))
         elif (
             replica.state is not ReplicaState.UNLOADING
             and not held_of(snapshot, worker_id, model_name)
@@ -264,30 +292,36 @@ def _may_leave(snapshot: Snapshot, now: float, worker_id: str, model_name: str) 
     """Not while the target of the move that takes it away has lost it: the move is about to be given up."""
     return all(
         serves(snapshot, now, move.to_worker or "", model_name)
-        for plan in snapshot.plans.values()
+        for plan in snapshot.under_way.values()
         for move in plan.moves
         if (move.from_worker, move.model, move.state) == (worker_id, model_name, "draining")
     )
 
 
-def _loading(snapshot: Snapshot, worker_id: str) -> bool:
-    return any(
-        r.state in (ReplicaState.FETCHING, ReplicaState.LOADING)
-        for r in snapshot.replicas[worker_id].values()
+def _may_load(snapshot: Snapshot, now: float, worker_id: str, begun: dict[str, None]) -> bool:
+    """Whether it is up and nothing else is being loaded there."""
+    return (
+        worker_id not in begun
+        and is_up(snapshot, worker_id, now)
+        and not any(
+            r.state in (ReplicaState.FETCHING, ReplicaState.LOADING)
+            for r in snapshot.replicas[worker_id].values()
+        )
     )
 
 
-def _wants_replica(snapshot: Snapshot, now: float, model_name: str, workers: list[str]) -> bool:
+def _wants_replica(snapshot: Snapshot, now: float, model_name: str) -> bool:
     """Whether queued tasks of this model have no replica, or only full ones while a worker idles."""
     on_the_way = (ReplicaState.FETCHING, ReplicaState.LOADING)
-    replicas = [of[model_name] for w in workers if model_name in (of := snapshot.replicas[w])]
+    placed = snapshot.index.placed.get(model_name, {})
+    replicas = [r for worker_id, r in placed.items() if is_up(snapshot, worker_id, now)]
     if any(r.state in on_the_way for r in replicas):
         return False
     serving = [r for r in replicas if takes_tasks(snapshot, r)]
     if not serving:
         return True
     full = all(free_slots(snapshot, r, len(snapshot.held.get(r.worker_id, ()))) <= 0 for r in serving)
-    return full and any(not snapshot.held.get(w) and model_name not in snapshot.replicas[w] for w in workers)
+    return full and any(w not in placed and is_up(snapshot, w, now) for w in snapshot.index.unused)
 
 
 def _by_preference(snapshot: Snapshot, model: Model, idle: list[str]) -> list[str]:
@@ -324,7 +358,7 @@ def _begin(snapshot: Snapshot, now: float, model: Model, worker_id: str, decisio
     if needed > memory(snapshot, worker_id, without=frozenset(going)).free:
         return False  # nothing is sent away in vain
     for name in leaving:
-        decision.changes.append(Drain(worker_id, name, wanted=True))
+        decision.changes.append(drain(snapshot, now, worker_id, name, ROOM))
         decision.reasons.append(f"{name} leaves {worker_id} to make room for {model.name}")
     return True
 
@@ -333,7 +367,7 @@ def _evictable(snapshot: Snapshot, worker_id: str) -> list[str]:
     """Ready models that no wish, no task and no move under way holds here, the least recently used first."""
     moving_here = [
         move.model
-        for plan in snapshot.plans.values()
+        for plan in snapshot.under_way.values()
         for move in plan.moves
         if move.to_worker == worker_id and move.state in ("loading", "draining")
     ]

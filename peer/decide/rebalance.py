@@ -14,10 +14,11 @@ from msgspec.structs import replace as changed
 
 from peer.decide.decision import Decision
 from peer.decide.meter import worker_metrics
-from peer.decide.place import load
+from peer.decide.place import MOVE, drain, load
 from peer.decide.workers import (
     can_run,
     held_of,
+    is_up,
     load_seconds,
     memory,
     memory_needed,
@@ -30,7 +31,7 @@ from peer.limits import MOVES_MAX, WORKER_SILENT_S
 from peer.state.command import Rebalance
 from peer.state.model import ReplicaState
 from peer.state.plan import Move, Plan
-from peer.state.snapshot import Drain, Drop, Save, Snapshot
+from peer.state.snapshot import Drop, Save, Snapshot
 
 _GAIN_MIN = 0.10  # of the cost; `force` takes any gain
 _GAIN_FORCED = 1e-9
@@ -118,7 +119,7 @@ def rebalance(snapshot: Snapshot, now: float, command: Rebalance, rebalance_id: 
 
 
 def active(snapshot: Snapshot) -> Plan | None:
-    return next((plan for plan in snapshot.plans.values() if plan.status == "initiated"), None)
+    return next(iter(snapshot.under_way.values()), None)
 
 
 # ---------------------------------------------------------------- planning
@@ -252,7 +253,7 @@ def _step(snapshot: Snapshot, now: float, move: Move, decision: Decision) -> Mov
         return changed(move, state="failed", actual_s=now - started_at, reason="it took too long")
     if move.state == "planned":
         model = snapshot.catalogue.get(move.model)
-        if model is None or target not in usable(snapshot, now):
+        if model is None or not is_up(snapshot, target, now):
             return changed(move, state="failed", reason=f"{target} can no longer take it")
         if replica is None:
             if memory_needed(snapshot, model, target) > memory(snapshot, target).free:
@@ -269,13 +270,15 @@ def _step(snapshot: Snapshot, now: float, move: Move, decision: Decision) -> Mov
         wish = snapshot.assignments.get((source, move.model))
         if wish is not None:
             decision.changes += [Drop(wish), Save(changed(wish, worker_id=target))]
-        decision.changes.append(Drain(source, move.model, wanted=True))
+        decision.changes.append(drain(snapshot, now, source, move.model, MOVE))
         return changed(move, state="draining")
     if move.model not in snapshot.replicas.get(source, {}):
         return changed(move, state="done", actual_s=now - started_at)
     if (target, move.model) in snapshot.draining:  # an owner's wish, which may be for the source as well
         return changed(move, state="failed", actual_s=now - started_at, reason=f"{target} is to unload it")
     if not serves(snapshot, now, target, move.model):
-        decision.changes.append(Drain(source, move.model, wanted=False))
+        leaving = snapshot.draining.get((source, move.model))
+        if leaving is not None and leaving.because == MOVE:  # what an owner unloads goes all the same
+            decision.changes.append(Drop(leaving))
         return changed(move, state="failed", actual_s=now - started_at, reason=f"{target} lost it")
     return move

@@ -180,7 +180,35 @@ def heard(snapshot: Snapshot, now: float, worker_report: WorkerReport) -> Decisi
         if model_name not in merged and replica.state in _WAS_LOADED:
             decision.event("model_unloaded", model_name=model_name, worker_id=worker_id)
     decision.changes.append(Heard(worker_report, tuple(merged.values()), now))
+    _stop_dead(snapshot, worker_report, decision)
     return decision
+
+
+def _stop_dead(snapshot: Snapshot, worker_report: WorkerReport, decision: Decision) -> None:
+    """Free the slots of dead attempts that a worker brings back: the order to stop them was lost with its peer.
+
+    Named by two reports: what has just ended is named once more until its outcome is forgotten.
+    """
+    known = snapshot.index.named.get(worker_report.worker_id, frozenset())
+    for key in worker_report.running:
+        if key not in known:
+            continue
+        task_id, _, attempt = key.rpartition("/")
+        task = snapshot.tasks.get(task_id)
+        if (
+            task is not None
+            and task.status is not Status.QUEUED
+            and (task.worker_id, str(task.attempt)) == (worker_report.worker_id, attempt)
+        ):
+            continue
+        order = StopAttempt(
+            epoch=snapshot.epoch,
+            worker_id=worker_report.worker_id,
+            task_id=task_id,
+            attempt=int(attempt),
+        )
+        decision.orders.append((worker_report.peer_id, order))
+        decision.reasons.append(f"{worker_report.worker_id} still has the dead attempt {key}")
 
 
 def _merge(

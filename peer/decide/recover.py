@@ -8,10 +8,10 @@ from msgspec.structs import replace as changed
 
 from peer.decide.admit import stop
 from peer.decide.decision import Decision
-from peer.decide.workers import status
+from peer.decide.workers import away, long_unheard, silent, status
 from peer.limits import ATTEMPTS_MAX, BATCH_COMMANDS_MAX, LOADS_FAILED_MAX
 from peer.state.model import ReplicaState
-from peer.state.snapshot import Save, Shown, Snapshot
+from peer.state.snapshot import Save, Shown, Snapshot, Told
 from peer.state.task import Happening, Task, TaskError, run_s, step
 
 _ATTEMPT_SHOWS_S = (
@@ -83,36 +83,55 @@ def time_out(snapshot: Snapshot, now: float) -> Decision:
 
 
 def lost_attempts(snapshot: Snapshot, now: float) -> Decision:
-    """Re-queue what is held by a silent worker, or by one whose report does not know of it."""
+    """Re-queue what is held by a lost worker, or by one whose report does not know of it."""
     decision = Decision()
-    for worker_id, tasks in snapshot.held.items():
-        if not tasks:
-            continue
-        report = snapshot.reports.get(worker_id)
-        if report is None and now - snapshot.started_at < _ATTEMPT_SHOWS_S:
-            continue  # a new leader gives every worker time for its first report
-        silent = report is None or status(snapshot, worker_id, now) == "offline"
-        running = frozenset(report.running) if report is not None else frozenset()
-        for task in tasks.values():
-            if f"{task.task_id}/{task.attempt}" in running and not silent:
-                continue
-            if now - (task.assigned_at or 0.0) < _ATTEMPT_SHOWS_S:
-                continue
-            because = f"worker {worker_id} is silent" if silent else f"worker {worker_id} lost the attempt"
-            decision.add(requeue(snapshot, now, task, "worker_lost", because, strike=True))
+    workers = dict.fromkeys(snapshot.index.doubtful)
+    workers.update(dict.fromkeys(long_unheard(snapshot, now)))
+    for peer_id in snapshot.lost:
+        workers.update(snapshot.peers.get(peer_id, {}))
+    for worker_id in workers:
+        if snapshot.held.get(worker_id):
+            _doubt(snapshot, now, worker_id, decision)
     return decision
+
+
+def _doubt(snapshot: Snapshot, now: float, worker_id: str, decision: Decision) -> None:
+    """A silent worker keeps its tasks until its peer is lost, unless that has reported of another one."""
+    peer_id = snapshot.workers[worker_id].peer_id
+    loss = snapshot.lost.get(peer_id)
+    report = snapshot.reports.get(worker_id)
+    if loss is None:
+        if report is None:
+            return  # it may still report; else it will be lost
+        if silent(snapshot, worker_id, now) and all(
+            silent(snapshot, w, now) for w in snapshot.peers[peer_id]
+        ):
+            return
+    is_away = bool(away(snapshot, worker_id, now)) or status(snapshot, worker_id, now) == "offline"
+    for task in tuple(snapshot.held[worker_id].values()):
+        if not is_away and f"{task.task_id}/{task.attempt}" in snapshot.index.named.get(worker_id, ()):
+            continue
+        if loss is None and now - (task.assigned_at or 0.0) < _ATTEMPT_SHOWS_S:
+            continue
+        if loss is not None:
+            because = f"worker {worker_id} is lost: {loss.because}"
+        elif is_away:
+            because = f"worker {worker_id} is silent"
+        else:
+            because = f"worker {worker_id} lost the attempt"
+        decision.add(requeue(snapshot, now, task, "worker_lost", because, strike=True))
 
 
 def hopeless(snapshot: Snapshot, now: float) -> Decision:
     """Fail the queued tasks of a model whose load has failed too often wherever it was tried."""
     decision = Decision()
     for model_name, queue in snapshot.queues.items():
-        replicas = [of[model_name] for of in snapshot.replicas.values() if model_name in of]
-        if not replicas or any(
-            r.state is not ReplicaState.FAILED or r.failures < LOADS_FAILED_MAX for r in replicas
+        replicas = snapshot.index.placed.get(model_name)
+        if replicas is None or any(
+            r.state is not ReplicaState.FAILED or r.failures < LOADS_FAILED_MAX for r in replicas.values()
         ):
             continue
-        last = replicas[-1]
+        last = next(reversed(replicas.values()))
         message = f"{model_name} cannot be loaded: {last.error}"
         for _, task_id in queue[:_FAILED_MAX]:
             decision.add(fail(snapshot, now, snapshot.tasks[task_id], "model_unavailable", message))
@@ -122,17 +141,22 @@ def hopeless(snapshot: Snapshot, now: float) -> Decision:
 def announce(snapshot: Snapshot, now: float, worker_ids: Iterable[str] | None = None) -> Decision:
     """Tell of every worker, or of those named, whose status has changed since clients were last told."""
     decision = Decision()
-    for worker_id in snapshot.workers if worker_ids is None else worker_ids:
+    if worker_ids is None:
+        worker_ids = dict.fromkeys((*snapshot.index.touched, *long_unheard(snapshot, now)))
+        if snapshot.index.touched:
+            decision.changes.append(Told())
+    for worker_id in worker_ids:
         is_now, was = status(snapshot, worker_id, now), snapshot.shown_status.get(worker_id)
         if is_now == was:
             continue
         report = snapshot.reports.get(worker_id)
+        message = away(snapshot, worker_id, now) or (report.message if report is not None else "")
         decision.changes.append(Shown(worker_id, is_now))
         decision.event(
             "worker_status_changed",
             worker_id=worker_id,
             status=is_now,
             previous_status=was,
-            message=report.message if report is not None else "",
+            message=message,
         )
     return decision

@@ -34,6 +34,8 @@ def forget_events(snapshot: Snapshot) -> Decision:
 
 
 def forget_plans(snapshot: Snapshot) -> Decision:
+    if len(snapshot.plans) <= _PLANS_KEPT:
+        return Decision()
     finished = [plan for plan in snapshot.plans.values() if plan.status != "initiated"]
     finished.sort(key=lambda plan: plan.created_at)
     return Decision(changes=[Drop(plan) for plan in finished[:-_PLANS_KEPT]])

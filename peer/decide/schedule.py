@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from heapq import heapify, heappop, heappush
+
 from msgspec.structs import replace as changed
 
 from peer.decide.decision import Decision
-from peer.decide.workers import free_slots, takes_tasks, usable
+from peer.decide.workers import free_slots, reachable
 from peer.state.order import RunAttempt
 from peer.state.snapshot import Save, Snapshot
 from peer.state.task import Happening, Task, step
@@ -14,19 +16,21 @@ from peer.state.task import Happening, Task, step
 def schedule(snapshot: Snapshot, now: float) -> Decision:
     """Assign queued tasks to the free slots of ready replicas, the least loaded worker first."""
     decision = Decision()
-    if not snapshot.queued:
+    if not snapshot.queued or not snapshot.index.room:
         return decision
-    workers = [w for w in usable(snapshot, now) if w not in snapshot.paused]
-    load = {worker_id: len(snapshot.held.get(worker_id, ())) for worker_id in workers}
+    taken: dict[str, int] = {}  # slots of each worker, by this decision
     for model_name, queue in _by_first_rank(snapshot):
-        free = _free_slots(snapshot, model_name, load)
-        for _, task_id in queue[: sum(free.values())]:
-            worker_id = min(free, key=lambda w: (load[w] / (load[w] + free[w]), w))
+        choice = _choice(snapshot, now, model_name, taken)
+        if not choice:
+            continue
+        for _, task_id in queue:
+            _, worker_id, load, free = heappop(choice)
             _assign(snapshot, now, snapshot.tasks[task_id], worker_id, decision)
-            load[worker_id] += 1
-            free[worker_id] -= 1
-            if not free[worker_id]:
-                del free[worker_id]
+            taken[worker_id] = taken.get(worker_id, 0) + 1
+            if free > 1:
+                heappush(choice, _entry(worker_id, load + 1, free - 1))
+            elif not choice:
+                break
     return decision
 
 
@@ -34,16 +38,24 @@ def _by_first_rank(snapshot: Snapshot) -> list[tuple[str, list[tuple[float, str]
     return sorted(snapshot.queues.items(), key=lambda entry: entry[1][0])
 
 
-def _free_slots(snapshot: Snapshot, model_name: str, load: dict[str, int]) -> dict[str, int]:
-    """Free slots of this model's replicas, by worker; only those that have one. `load`: tasks that each holds."""
-    free = {}
-    for worker_id, held in load.items():
-        replica = snapshot.replicas[worker_id].get(model_name)
-        if replica is not None and takes_tasks(snapshot, replica):
-            slots = free_slots(snapshot, replica, held)
-            if slots > 0:
-                free[worker_id] = slots
-    return free
+def _choice(
+    snapshot: Snapshot, now: float, model_name: str, taken: dict[str, int]
+) -> list[tuple[float, str, int, int]]:
+    """A heap of the workers that have a free slot for this model and can be reached, the least loaded first."""
+    choice = []
+    for worker_id, free in snapshot.index.room.get(model_name, {}).items():
+        load = len(snapshot.held.get(worker_id, ()))
+        if worker_id in taken:
+            load += taken[worker_id]
+            free = free_slots(snapshot, snapshot.replicas[worker_id][model_name], load)
+        if free > 0 and reachable(snapshot, worker_id, now):
+            choice.append(_entry(worker_id, load, free))
+    heapify(choice)
+    return choice
+
+
+def _entry(worker_id: str, load: int, free: int) -> tuple[float, str, int, int]:
+    return load / (load + free), worker_id, load, free
 
 
 def _assign(snapshot: Snapshot, now: float, task: Task, worker_id: str, decision: Decision) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from peer.limits import WORKER_SILENT_S
@@ -18,28 +19,62 @@ _LOAD_S_MIN = 1.0
 
 
 def silent(snapshot: Snapshot, worker_id: str, now: float) -> bool:
-    """Whether its peer has not been heard of for too long."""
-    heard_at = snapshot.heard_at.get(worker_id)
-    return heard_at is None or now - heard_at > WORKER_SILENT_S
+    """Whether its peer has not been heard of for too long, not counting what this leader slept through."""
+    return worker_id not in snapshot.heard_at or snapshot.silence_s(worker_id, now) > WORKER_SILENT_S
+
+
+def long_unheard(snapshot: Snapshot, now: float) -> Iterator[str]:
+    """Workers that are silent, of those that this leader has heard at all."""
+    for worker_id, heard_at in snapshot.heard_at.items():
+        if now - heard_at <= WORKER_SILENT_S:
+            break  # whoever comes after was heard later
+        if silent(snapshot, worker_id, now):
+            yield worker_id
+
+
+def away(snapshot: Snapshot, worker_id: str, now: float) -> str:
+    """Why nothing is known of this worker as it is now; "" if it is there."""
+    worker = snapshot.workers.get(worker_id)
+    loss = snapshot.lost.get(worker.peer_id) if worker is not None else None
+    if loss is not None:
+        return loss.because
+    if worker_id not in snapshot.heard_at:
+        return "it has not reported to this leader yet"
+    if silent(snapshot, worker_id, now):
+        return f"it has not reported for {snapshot.silence_s(worker_id, now):.0f} s"
+    return ""
 
 
 def status(snapshot: Snapshot, worker_id: str, now: float) -> str:
-    """online, busy (every slot taken), offline (silent, or its engine is not up) or error."""
+    """online, busy (every slot taken), offline (lost, silent, or its engine is not up) or error."""
     report = snapshot.reports.get(worker_id)
-    if report is None or silent(snapshot, worker_id, now):
+    if report is None or away(snapshot, worker_id, now):
         return "offline"
     if report.state is EngineState.ERROR:
         return "error"
     if report.state is not EngineState.READY:
         return "offline"
     held = len(snapshot.held.get(worker_id, ()))
+    if not held:
+        return "online"
     slots = sum(r.slots for r in snapshot.replicas[worker_id].values() if r.state is ReplicaState.READY)
     return "busy" if slots and held >= slots else "online"
 
 
+def is_up(snapshot: Snapshot, worker_id: str, now: float) -> bool:
+    """Whether its engine is ready and its peer is there: status online or busy."""
+    report = snapshot.reports.get(worker_id)
+    return report is not None and report.state is EngineState.READY and not away(snapshot, worker_id, now)
+
+
+def reachable(snapshot: Snapshot, worker_id: str, now: float) -> bool:
+    """Whether an order can be expected to arrive: its peer is there, and the session with it, if any, stands."""
+    return snapshot.workers[worker_id].peer_id not in snapshot.unlinked and not away(snapshot, worker_id, now)
+
+
 def usable(snapshot: Snapshot, now: float) -> list[str]:
-    """Workers whose engine is up and whose peer has been heard, in order of their ids."""
-    return [w for w in sorted(snapshot.workers) if status(snapshot, w, now) in ("online", "busy")]
+    """Workers whose engine is up and whose peer is there, in order of their ids."""
+    return [w for w in sorted(snapshot.workers) if is_up(snapshot, w, now)]
 
 
 def can_run(snapshot: Snapshot, model: Model, worker_id: str) -> bool:
@@ -69,7 +104,7 @@ def serves(snapshot: Snapshot, now: float, worker_id: str, model_name: str) -> b
     """Whether this worker is up and its replica of the model is ready."""
     replica = snapshot.replicas.get(worker_id, {}).get(model_name)
     is_ready = replica is not None and replica.state is ReplicaState.READY
-    return is_ready and status(snapshot, worker_id, now) in ("online", "busy")
+    return is_ready and is_up(snapshot, worker_id, now)
 
 
 def memory_needed(snapshot: Snapshot, model: Model, worker_id: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from peer.state.metric import RESOLUTIONS, Bucket
 
@@ -25,6 +25,10 @@ class History:
     def starts(self, resolution: str) -> Iterable[int]:
         """In the order in which they were put; that is, by time."""
         return self._buckets[resolution].keys()
+
+    def newest(self, resolution: str) -> Iterator[int]:
+        """The same, backwards."""
+        return reversed(self._buckets[resolution])
 
     def span(self, resolution: str, start: int, end: int) -> list[Bucket]:
         """The buckets that begin in [start, end)."""

@@ -34,6 +34,15 @@ class Assignment(Record, frozen=True):
     created_at: float
 
 
+class Draining(Record, frozen=True):
+    """A replica takes no new task and is unloaded when it is idle. Durable until the replica is gone."""
+
+    worker_id: str
+    model_name: str
+    since: float
+    because: str  # owner, room (another model needs it), move (a rebalance takes it elsewhere)
+
+
 class LoadProfile(Record, frozen=True):
     """What loading this model on this device has measured; the next estimate comes from it."""
 

@@ -18,7 +18,7 @@ from peer.state.base import Record
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.metric import Bucket
-from peer.state.model import Assignment, LoadProfile
+from peer.state.model import Assignment, Draining, LoadProfile
 from peer.state.plan import Plan
 from peer.state.task import TERMINAL, Idempotency, Task, TaskInput, TaskResult, shown
 from peer.state.worker import Worker
@@ -49,6 +49,7 @@ _KEYS: Mapping[type[Record], Callable[[Any], str]] = MappingProxyType(
         Idempotency: lambda r: idempotency_key(r.owner, r.key),
         Worker: lambda r: f"worker/{_name(r.worker_id)}",
         Assignment: lambda r: f"assignment/{_name(r.worker_id)}/{_name(r.model_name)}",
+        Draining: lambda r: f"draining/{_name(r.worker_id)}/{_name(r.model_name)}",
         LoadProfile: lambda r: f"profile/{_name(r.device_name)}/{_name(r.model_name)}",
         ApiKey: lambda r: f"key/{_name(r.key_id)}",
         Event: lambda r: f"event/{r.id:016d}",

@@ -9,13 +9,15 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from peer.state.base import Record
 from peer.state.event import Event
 from peer.state.history import History
+from peer.state.index import Index
 from peer.state.key import ApiKey
 from peer.state.metric import Bucket
-from peer.state.model import Assignment, LoadProfile, Model, Replica
+from peer.state.model import Assignment, Draining, LoadProfile, Model, Replica
 from peer.state.plan import Plan
 from peer.state.record import encode, idempotency_key, index_keys, key_of
 from peer.state.task import TERMINAL, Idempotency, Status, Task, TaskInput
@@ -57,15 +59,6 @@ class Foresee:
 
 
 @dataclass(frozen=True, slots=True)
-class Drain:
-    """Leader's wish that a replica takes no new task and goes when it is idle, or (False) no longer so."""
-
-    worker_id: str
-    model_name: str
-    wanted: bool
-
-
-@dataclass(frozen=True, slots=True)
 class Pause:
     """This worker takes no new attempt until its next report: what was known of it no longer holds."""
 
@@ -96,7 +89,50 @@ class Shown:
     status: str
 
 
-Change = Save | Drop | Heard | Foresee | Drain | Pause | Downtime | Pace | Shown
+@dataclass(frozen=True, slots=True)
+class Linked:
+    """The leader's session with this peer's process came up, or ended."""
+
+    peer_id: str
+    up: bool
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Rumoured:
+    """What gossip says of a peer: an opinion, not a fact."""
+
+    peer_id: str
+    status: Literal["alive", "leaving", "left", "failed"]
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ticked:
+    """The leader is awake. If it was not for long, the silence of `excused` workers counts from now."""
+
+    at: float
+    excused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Lose:
+    """This peer is lost, until one of its workers reports. `confirmed`: by more than the evidence itself."""
+
+    peer_id: str
+    at: float
+    because: str
+    confirmed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Clients know the status of every worker."""
+
+
+Change = (
+    Save | Drop | Heard | Foresee | Pause | Downtime | Pace | Shown | Linked | Rumoured | Ticked | Lose | Told
+)
 _PACE_WEIGHT = 0.1  # of the newest task in the moving average of run times
 StoreWrites = dict[str, bytes | None]  # key: value, or None to delete
 
@@ -112,6 +148,7 @@ class Policy:
     retention_count: int
     events_kept: int
     memory_reserve_bytes: int
+    lost_share_max: float = 0.34  # of the peers; more are not lost at once without confirmation
 
 
 @dataclass(slots=True)
@@ -132,19 +169,29 @@ class Snapshot:
     idempotency: dict[str, Idempotency] = field(default_factory=dict)  # of live tasks
     workers: dict[str, Worker] = field(default_factory=dict)
     reports: dict[str, WorkerReport] = field(default_factory=dict)
-    heard_at: dict[str, float] = field(default_factory=dict)
+    heard_at: dict[str, float] = field(default_factory=dict)  # who was heard longest ago comes first
+    excused: dict[str, float] = field(default_factory=dict)  # workers: silence counts from then
+    ticked_at: float = 0.0  # 0: not yet
+    peers: dict[str, dict[str, None]] = field(default_factory=dict)  # workers by peer
+    unlinked: dict[str, Linked] = field(default_factory=dict)  # by peer: whose session ended, and when
+    rumours: dict[str, Rumoured] = field(default_factory=dict)  # by peer
+    lost: dict[str, Lose] = field(default_factory=dict)  # by peer
+    losses: dict[str, Lose] = field(default_factory=dict)  # the latest ones, also of peers that came back
     replicas: dict[str, dict[str, Replica]] = field(default_factory=dict)  # by worker, by model
     foreseen: dict[tuple[str, str], Foresee] = field(default_factory=dict)
-    draining: dict[tuple[str, str], None] = field(default_factory=dict)
+    draining: dict[tuple[str, str], Draining] = field(default_factory=dict)
     paused: dict[str, None] = field(default_factory=dict)  # workers, until they report
     downtime_s: dict[str, float] = field(default_factory=dict)
     run_s: dict[str, float] = field(default_factory=dict)  # by model, a moving average
     shown_status: dict[str, str] = field(default_factory=dict)  # by worker
     assignments: dict[tuple[str, str], Assignment] = field(default_factory=dict)
+    wishes: dict[str, dict[str, Assignment]] = field(default_factory=dict)  # the same, by worker, by model
     profiles: dict[tuple[str, str], LoadProfile] = field(default_factory=dict)  # (device name, model)
     keys: dict[str, ApiKey] = field(default_factory=dict)
     plans: dict[str, Plan] = field(default_factory=dict)
+    under_way: dict[str, Plan] = field(default_factory=dict)  # plans that are not finished
     history: History = field(default_factory=History)
+    index: Index = field(default_factory=Index)
     events_from: int = 1  # oldest kept
     events_next: int = 1
     finished: int = 0
@@ -161,32 +208,84 @@ class Snapshot:
                 return writes if durable else {}
             case Drop(record=record):
                 return self._drop(record)
-            case Heard(report=report, replicas=replicas, at=at):
-                self.reports[report.worker_id] = report
-                self.heard_at[report.worker_id] = at
-                self.paused.pop(report.worker_id, None)
-                self.replicas[report.worker_id] = {replica.model_name: replica for replica in replicas}
-                for model_name in [m for w, m in self.foreseen if w == report.worker_id]:
-                    if not _still_foreseen(self, report.worker_id, model_name):
-                        del self.foreseen[report.worker_id, model_name]
+            case Heard():
+                self._heard(change)
             case Foresee(worker_id=worker_id, model_name=model_name, replica=replica):
                 self.foreseen[worker_id, model_name] = change
-                self.replicas.setdefault(worker_id, {})[model_name] = replica
-            case Drain(worker_id=worker_id, model_name=model_name, wanted=wanted):
-                if wanted:
-                    self.draining[worker_id, model_name] = None
-                else:
-                    self.draining.pop((worker_id, model_name), None)
+                of = self.replicas.setdefault(worker_id, {})
+                of[model_name] = replica
+                self.index.place(worker_id, {}, {model_name: replica})
+                self.index.touch(self, worker_id)
             case Pause(worker_id=worker_id):
                 self.paused[worker_id] = None
+                self.index.touch(self, worker_id)
             case Downtime(worker_id=worker_id, seconds=seconds):
                 self.downtime_s[worker_id] = seconds
             case Pace(model_name=model_name, run_s=run_s):
                 known = self.run_s.get(model_name, run_s)
                 self.run_s[model_name] = known + _PACE_WEIGHT * (run_s - known)
-            case Shown(worker_id=worker_id, status=status):  # pragma: no branch - there is no other
+            case Shown(worker_id=worker_id, status=status):
                 self.shown_status[worker_id] = status
+            case Told():
+                self.index.touched.clear()
+            case Linked(peer_id=peer_id, up=up):
+                if up:
+                    self.unlinked.pop(peer_id, None)
+                else:
+                    self.unlinked[peer_id] = change
+            case Rumoured(peer_id=peer_id):
+                self.rumours[peer_id] = change
+            case Ticked(at=at, excused=excused):
+                self.ticked_at = at
+                self.excused.update(dict.fromkeys(excused, at))
+            case Lose(peer_id=peer_id):  # pragma: no branch - there is no other
+                self.lost[peer_id] = self.losses[peer_id] = change
+                for worker_id in self.peers.get(peer_id, ()):
+                    self.index.touch(self, worker_id)
         return {}
+
+    # ------------------------------------------------------------------ who is there
+
+    def _heard(self, change: Heard) -> None:
+        report, worker_id = change.report, change.report.worker_id
+        before, known = self.reports.get(worker_id), self.replicas.setdefault(worker_id, {})
+        self.reports[worker_id] = report
+        self.heard_at.pop(worker_id, None)  # the newest comes last
+        self.heard_at[worker_id] = change.at
+        self.excused.pop(worker_id, None)
+        self._back(report.peer_id)
+        if (
+            before is not None
+            and worker_id not in self.paused
+            and not any(w == worker_id for w, _ in self.foreseen)
+            and tuple(known.values()) == change.replicas
+            and (report.state, report.slots_max, report.running, report.peer_id)
+            == (before.state, before.slots_max, before.running, before.peer_id)
+        ):
+            if self.shown_status.get(worker_id) == "offline":
+                self.index.touched[worker_id] = None
+            return  # nothing but measurements
+        self.paused.pop(worker_id, None)
+        now = {replica.model_name: replica for replica in change.replicas}
+        self.replicas[worker_id] = now
+        self.index.place(worker_id, known, now)
+        if before is None or before.running != report.running:
+            self.index.named[worker_id] = frozenset(report.running)
+        for model_name in [m for w, m in self.foreseen if w == worker_id]:
+            if now.get(model_name) is not self.foreseen[worker_id, model_name].replica:
+                del self.foreseen[worker_id, model_name]
+        self.index.touch(self, worker_id)
+
+    def _back(self, peer_id: str) -> None:
+        """Whoever reports is there, whatever was said of it."""
+        self.unlinked.pop(peer_id, None)
+        if self.lost.pop(peer_id, None) is not None:
+            for worker_id in self.peers.get(peer_id, ()):
+                self.index.touch(self, worker_id)
+
+    def silence_s(self, worker_id: str, now: float) -> float:
+        """For how long this leader, while it was awake, has not heard of this worker."""
+        return now - max(self.heard_at.get(worker_id, self.started_at), self.excused.get(worker_id, 0.0))
 
     # ------------------------------------------------------------------ durable records
 
@@ -200,15 +299,29 @@ class Snapshot:
             case Idempotency():
                 self.idempotency[idempotency_key(record.owner, record.key)] = record
             case Worker():
+                before = self.workers.get(record.worker_id)
+                if before is not None:
+                    self.peers[before.peer_id].pop(record.worker_id)
+                self.peers.setdefault(record.peer_id, {})[record.worker_id] = None
                 self.workers[record.worker_id] = record
+                self.index.touch(self, record.worker_id)
             case Assignment():
                 self.assignments[record.worker_id, record.model_name] = record
+                self.wishes.setdefault(record.worker_id, {})[record.model_name] = record
+                self.index.touch(self, record.worker_id)
+            case Draining():
+                self.draining[record.worker_id, record.model_name] = record
+                self.index.touch(self, record.worker_id)
             case LoadProfile():
                 self.profiles[record.device_name, record.model_name] = record
             case ApiKey():
                 self.keys[record.key_id] = record
             case Plan():
                 self.plans[record.rebalance_id] = record
+                if record.status == "initiated":
+                    self.under_way[record.rebalance_id] = record
+                else:
+                    self.under_way.pop(record.rebalance_id, None)
             case Bucket():
                 self.history.put(record)
             case Event():
@@ -238,7 +351,9 @@ class Snapshot:
             insort(self.queues.setdefault(task.model_name, []), (self.rank(task), task.task_id))
             self.queued += 1
         else:
-            self.held.setdefault(task.worker_id or "", {})[task.task_id] = task
+            worker_id = task.worker_id or ""
+            self.held.setdefault(worker_id, {})[task.task_id] = task
+            self.index.touch(self, worker_id)
 
     def _take_out(self, task: Task | None) -> None:
         """Remove a live task from every structure that holds it."""
@@ -254,7 +369,9 @@ class Snapshot:
             if not queue:
                 del self.queues[task.model_name]
         else:
-            del self.held[task.worker_id or ""][task.task_id]
+            worker_id = task.worker_id or ""
+            del self.held[worker_id][task.task_id]
+            self.index.touch(self, worker_id)
 
     def _drop(self, record: Record) -> StoreWrites:
         writes: StoreWrites = {key_of(record): None}
@@ -268,6 +385,11 @@ class Snapshot:
                 self.finished -= 1
             case Assignment():
                 self.assignments.pop((record.worker_id, record.model_name), None)
+                self.wishes.get(record.worker_id, {}).pop(record.model_name, None)
+                self.index.unmet.pop((record.worker_id, record.model_name), None)
+            case Draining():
+                self.draining.pop((record.worker_id, record.model_name), None)
+                self.index.touch(self, record.worker_id)
             case ApiKey():
                 self.keys.pop(record.key_id, None)
             case Plan():
@@ -285,9 +407,3 @@ class Snapshot:
         if isinstance(record, Task) and record.status in TERMINAL:
             raise TypeError("finished tasks stay in the store")
         self._save(record)
-
-
-def _still_foreseen(snapshot: Snapshot, worker_id: str, model_name: str) -> bool:
-    """Whether the merged replicas still show what was foreseen rather than what was reported."""
-    foreseen = snapshot.foreseen[worker_id, model_name].replica
-    return snapshot.replicas[worker_id].get(model_name) is foreseen

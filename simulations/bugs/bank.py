@@ -10,10 +10,11 @@ from msgspec.structs import replace as changed
 
 from peer.decide import place, rebalance, record, recover, schedule, workers
 from peer.decide.decision import Decision
-from peer.state.model import HOLDS_MEMORY, ReplicaState
+from peer.state.model import HOLDS_MEMORY, Replica, ReplicaState
 from peer.state.order import AttemptFinished, RunAttempt, StopAttempt
-from peer.state.snapshot import Drain, Save, Snapshot
+from peer.state.snapshot import Save, Snapshot
 from peer.state.task import Status, Task, TaskResult
+from peer.state.worker import EngineState
 from simulations.policy.shell import Decisions
 
 Switch = Callable[[Decisions], Any]
@@ -59,15 +60,36 @@ def _accepts_dead_results(decisions: Decisions) -> None:
     decisions.report = wrong
 
 
-def _schedules_on_draining(decisions: Decisions) -> None:
+def _schedule_with(slots: Callable[[Snapshot, Replica], int]) -> Callable[[Snapshot, float], Decision]:
+    """Scheduling that sees other free slots than there are."""
+
     def wrong(snapshot: Snapshot, now: float) -> Decision:
-        draining, snapshot.draining = snapshot.draining, {}
+        room: dict[str, dict[str, int]] = {}
+        for model_name, of in snapshot.index.placed.items():
+            for worker_id, replica in of.items():
+                report = snapshot.reports.get(worker_id)
+                is_up = report is not None and report.state is EngineState.READY
+                if is_up and worker_id not in snapshot.paused and (free := slots(snapshot, replica)) > 0:
+                    room.setdefault(model_name, {})[worker_id] = free
+        right, snapshot.index.room = snapshot.index.room, room
         try:
             return schedule.schedule(snapshot, now)
         finally:
-            snapshot.draining = draining
+            snapshot.index.room = right
 
-    decisions.schedule = wrong
+    return wrong
+
+
+def _schedules_on_draining(decisions: Decisions) -> None:
+    def slots(snapshot: Snapshot, replica: Replica) -> int:
+        is_ready = replica.state is ReplicaState.READY
+        return workers.free_slots(snapshot, replica, _held(snapshot, replica)) if is_ready else 0
+
+    decisions.schedule = _schedule_with(slots)
+
+
+def _held(snapshot: Snapshot, replica: Replica) -> int:
+    return len(snapshot.held.get(replica.worker_id, ()))
 
 
 def _memory_ignores_loading(decisions: Decisions) -> None:
@@ -193,26 +215,22 @@ def _unloads_before_loading(decisions: Decisions) -> None:
         for move in plan.moves if plan is not None else ():
             source = (move.from_worker or "", move.model)
             if move.state == "loading" and source not in snapshot.draining:
-                decision.changes.append(Drain(*source, wanted=True))
+                decision.changes.append(place.drain(snapshot, now, *source, place.MOVE))
         return decision
 
     decisions.advance = wrong
 
 
 def _trusts_silent_workers(decisions: Decisions) -> None:
-    def lost_attempts(snapshot: Snapshot, now: float) -> Decision:
-        with _replaced(recover, "status", lambda *_: "online"):
-            return recover.lost_attempts(snapshot, now)
-
-    decisions.lost_attempts = lost_attempts
+    """Nobody is ever lost."""
+    decisions.lose = lambda snapshot, now: Decision()
 
 
 def _forgets_held_slots(decisions: Decisions) -> None:
-    def wrong(snapshot: Snapshot, now: float) -> Decision:
-        with _replaced(schedule, "free_slots", lambda _, replica, held: replica.slots):
-            return schedule.schedule(snapshot, now)
+    def slots(snapshot: Snapshot, replica: Replica) -> int:
+        return replica.slots if workers.takes_tasks(snapshot, replica) else 0
 
-    decisions.schedule = wrong
+    decisions.schedule = _schedule_with(slots)
 
 
 def _foresees_for_ever(decisions: Decisions) -> None:
@@ -240,14 +258,15 @@ def _never_times_out(decisions: Decisions) -> None:
 def _second_load_at_once(decisions: Decisions) -> None:
     """A replica that is being loaded counts as one that takes tasks."""
 
-    def takes(snapshot: Snapshot, replica: Any) -> bool:
-        return replica.state in (ReplicaState.READY, ReplicaState.LOADING)
+    def slots(snapshot: Snapshot, replica: Replica) -> int:
+        counts = replica.state is ReplicaState.LOADING or workers.takes_tasks(snapshot, replica)
+        return (
+            (replica.slots or 1) - workers.held_of(snapshot, replica.worker_id, replica.model_name)
+            if counts
+            else 0
+        )
 
-    def wrong(snapshot: Snapshot, now: float) -> Decision:
-        with _replaced(schedule, "takes_tasks", takes):
-            return schedule.schedule(snapshot, now)
-
-    decisions.schedule = wrong
+    decisions.schedule = _schedule_with(slots)
 
 
 BUGS: dict[str, Switch] = {

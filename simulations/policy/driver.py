@@ -103,6 +103,8 @@ class SimCluster:
         self.leader.peers = self
         world = World(self.heap, self.faults, self.sometimes, self.leader)
         self.peers = {f"host-{i}": SimPeer(world, f"host-{i}", self._devices()) for i in range(shape.hosts)}
+        self._workers = {w: worker for peer in self.peers.values() for w, worker in peer.workers.items()}
+        self.checker.really_there = self._really_there
         devices = [worker.device for peer in self.peers.values() for worker in peer.workers.values()]
         if len({device.memory_bytes for device in devices}) > 1:
             self.sometimes.saw("device sizes differ")
@@ -129,6 +131,9 @@ class SimCluster:
         if isinstance(order, LoadReplica | UnloadReplica):
             self._placed_at = self.heap.now
         self.peers[peer_id].send(order)
+
+    def _really_there(self, worker_id: str, model_name: str) -> object | None:
+        return self._workers[worker_id].really_there(model_name)
 
     def leader_is_up(self) -> None:
         for peer in self.peers.values():

@@ -231,6 +231,10 @@ class SimWorker:
             )
         )
 
+    def really_there(self, model_name: str) -> object | None:
+        """What stands for the loaded replica: another object once it was loaded anew."""
+        return self._held.get(model_name)
+
     def takes_bytes(self, model: Model) -> int:
         return int((model.memory_bytes or model.size_bytes * 1.25) * self.device.memory_factor)
 

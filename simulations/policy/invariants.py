@@ -7,17 +7,18 @@ write. Each check counts how often it was made.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
 from peer.errors import BitinglipError, Conflict, Overloaded
-from peer.limits import ATTEMPTS_MAX, WORKER_SILENT_S
+from peer.limits import ATTEMPTS_MAX, STARVED_S, WORKER_SILENT_S
 from peer.state import command as asks
-from peer.state.model import HOLDS_MEMORY, ReplicaState
+from peer.state.model import HOLDS_MEMORY, Draining, ReplicaState
 from peer.state.order import ForgetAttempt, LoadReplica, RunAttempt, UnloadReplica
 from peer.state.record import decode, encode, key_of
-from peer.state.snapshot import Drain, Foresee, Save, Snapshot, StoreWrites
+from peer.state.snapshot import Drop, Foresee, Save, Snapshot, StoreWrites
 from peer.state.task import TERMINAL, TRANSITIONS, Status, Task, TaskResult
 from peer.state.worker import EngineState
 from simulations.errors import InvariantViolated
@@ -47,7 +48,12 @@ class Checker:
         self._cancelled: dict[str, None] = {}
         self._by_key: dict[tuple[str, str], str] = {}
         self._read: dict[str, bytes] = {}
-        self._owner_drains: dict[tuple[str, str], None] = {}
+        self.really_there: Callable[[str, str], object | None] = lambda worker_id, model_name: None
+        self._owner_drains: dict[tuple[str, str], None] = {}  # in memory
+        self._owed: dict[tuple[str, str], object | None] = {}  # durable: what is to go
+        self._drains_decided: list[tuple[tuple[str, str], str]] = []  # and not yet durable
+        self._ticked_at = 0.0
+        self._woke_at = 0.0  # after this leader's last sleep
         self._events_last = 0
         self._published_last = 0
         self._leader_since = 0.0
@@ -74,12 +80,12 @@ class Checker:
             match change:
                 case Save(record=Task() as task):
                     self._task_saved(task, codes.get(task.task_id), decision)
-                case Drain(worker_id=worker_id, model_name=model_name, wanted=wanted):
-                    self._owner_drains.pop((worker_id, model_name), None)
-                    if not wanted:
-                        continue
+                case Drop(record=Draining() as draining):
+                    self._drain_ends(name, draining, snapshot)
+                case Save(record=Draining(worker_id=worker_id, model_name=model_name)):
                     if name == "UnloadModel":
                         self._owner_drains[worker_id, model_name] = None
+                        self._drains_decided.append(((worker_id, model_name), name))
                     elif name == "advance":
                         self._not_the_last(snapshot, worker_id, model_name)
                     elif name == "reconcile":
@@ -101,6 +107,21 @@ class Checker:
         for _, order in decision.orders:
             if isinstance(order, UnloadReplica):
                 self._unloads(snapshot, order)
+
+    def _drain_ends(self, name: str, draining: Draining, snapshot: Snapshot) -> None:
+        """By an owner who wants it after all, by a rebalance that gives its own up, or since the replica is gone."""
+        place = draining.worker_id, draining.model_name
+        is_owners = place in self._owner_drains
+        self._owner_drains.pop(place, None)
+        self._drains_decided.append((place, name))
+        if name == "AssignModel":
+            return
+        if name == "reconcile":
+            report = snapshot.reports.get(draining.worker_id)
+            gone = report is not None and all(r.model_name != draining.model_name for r in report.replicas)
+            self.check("a drain ends when the replica is gone", gone, f"{place} may still be there")
+        else:
+            self.check("an owner's unload is not taken back", not is_owners, f"{name} keeps {place}")
 
     def _task_saved(self, task: Task, code: str | None, decision: Decision) -> None:
         old = self._seen.get(task.task_id)
@@ -208,6 +229,18 @@ class Checker:
             f"{model_name} needs {needed} on {worker_id} beside {ours} of {total}",
         )
 
+    # ------------------------------------------------------------ who is there
+
+    def ticked(self, now: float) -> None:
+        """The leader ticks. After a sleep nobody's silence counts from before it."""
+        if now - self._ticked_at > STARVED_S:
+            self._woke_at = now
+            self._sometimes.saw("leader slept")
+        self._ticked_at = now
+
+    def _silence_s(self, snapshot: Snapshot, worker_id: str, now: float) -> float:
+        return now - max(snapshot.heard_at.get(worker_id, snapshot.started_at), self._woke_at)
+
     # ------------------------------------------------------------ batches
 
     def batch_decided(self, work: Batch, snapshot: Snapshot) -> None:
@@ -227,7 +260,7 @@ class Checker:
         self.check("only ready replicas get tasks", ready, f"{order.task_id}: {name} on {worker_id}")
         draining = (worker_id, name) in snapshot.draining
         self.check("draining replicas get no task", not draining, f"{order.task_id}: {name} on {worker_id}")
-        heard = now - snapshot.heard_at[worker_id] <= WORKER_SILENT_S
+        heard = self._silence_s(snapshot, worker_id, now) <= WORKER_SILENT_S
         up = heard and snapshot.reports[worker_id].state is EngineState.READY
         self.check("only workers that are up get tasks", up, f"{order.task_id} on {worker_id}")
         held = snapshot.held[worker_id]
@@ -260,10 +293,24 @@ class Checker:
                     text = f"{name} on {worker_id}: {mine} of {replica.slots} slots"
                     self.check("no task waits beside a free slot", mine >= replica.slots, text)
 
+    def _drains_durable(self) -> None:
+        """An owner's unload is owed from when it is durable until that very replica has gone."""
+        decided, self._drains_decided = self._drains_decided, []
+        for place, name in decided:
+            if name == "UnloadModel":
+                self._owed.setdefault(place, self.really_there(*place))
+                continue
+            owed = self._owed.pop(place, None)
+            if owed is not None and name == "reconcile":
+                gone = self.really_there(*place) is not owed
+                self.check("an acknowledged unload happens", gone, f"{place} is still there")
+                self._sometimes.saw("owner's unload happened")
+
     # ------------------------------------------------------------ the store
 
     def stored(self, writes: StoreWrites) -> None:
         """A transaction is about to become durable, known to the leader or not."""
+        self._drains_durable()
         tasks = {key[5:]: value for key, value in writes.items() if key.startswith("task/")}
         for task_id, value in tasks.items():
             self._task_stored(task_id, decode(Task, value) if value is not None else None)
@@ -326,6 +373,7 @@ class Checker:
 
     def carried_out(self, work: Batch) -> None:
         """The commit is done: orders go out, events are published."""
+        self._drains_durable()
         for _, order in work.orders:
             if isinstance(order, RunAttempt):
                 key = (order.task_id, order.attempt)
@@ -347,7 +395,13 @@ class Checker:
 
     def leader_started(self, snapshot: Snapshot, store: SimStore) -> None:
         self._seen = dict(self._durable)
-        self._owner_drains = {}
+        self._ticked_at = snapshot.started_at
+        self._drains_decided = []
+        self._owner_drains = dict.fromkeys(self._owed)
+        forgotten = [place for place in self._owed if place not in snapshot.draining]
+        if self._owed:
+            self._sometimes.saw("unload lived through a new leader")
+        self.check("an acknowledged unload is not forgotten", not forgotten, f"{forgotten[:3]}")
         self._leader_since = self._heap.now
         self.whole(snapshot, store)
         if any(plan.status == "initiated" for plan in snapshot.plans.values()):
@@ -370,7 +424,8 @@ class Checker:
         self._structures(snapshot)
         groups: tuple[Any, ...] = (
             snapshot.workers.values(), snapshot.assignments.values(), snapshot.profiles.values(),
-            snapshot.plans.values(), snapshot.inputs.values(), snapshot.idempotency.values(),
+            snapshot.plans.values(), snapshot.draining.values(), snapshot.inputs.values(),
+            snapshot.idempotency.values(),
         )  # fmt: skip
         for group in groups:
             for record in group:

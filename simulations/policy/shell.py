@@ -13,7 +13,7 @@ from typing import Any, NoReturn, Protocol
 import msgspec
 
 from peer import limits
-from peer.decide import admit, meter, place, record, recover, retain, schedule
+from peer.decide import admit, lose, meter, place, record, recover, retain, schedule
 from peer.decide import rebalance as moves
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
@@ -54,6 +54,8 @@ class Decisions:
     restart: Callable[..., Decision] = place.restart
     rebalance: Callable[..., Decision] = moves.rebalance
     report: Callable[..., Decision] = record.report
+    wake: Callable[..., Decision] = lose.wake
+    lose: Callable[..., Decision] = lose.lose
     time_out: Callable[..., Decision] = recover.time_out
     lost_attempts: Callable[..., Decision] = recover.lost_attempts
     hopeless: Callable[..., Decision] = recover.hopeless
@@ -72,8 +74,8 @@ class Decisions:
 
 # The tick's decisions in order, with whether each takes the time; those of the meter come once a second.
 TICK = (
-    ("time_out", True), ("lost_attempts", True), ("hopeless", True), ("reconcile", True), ("advance", True),
-    ("announce", True), ("forget_plans", False),
+    ("wake", True), ("lose", True), ("time_out", True), ("lost_attempts", True), ("hopeless", True),
+    ("reconcile", True), ("advance", True), ("announce", True), ("forget_plans", False),
 )  # fmt: skip
 TICK_EACH_SECOND = (("sample_gauges", True), ("roll_up", True))
 
@@ -281,6 +283,7 @@ class SimLeader:
         self._commit(work, commands, then)
 
     def _decide_tick(self, work: Batch) -> None:
+        self._checker.ticked(work.now)
         for name, timed in TICK:
             self._take(work, name, timed=timed)
         if int(work.now) != self._sampled_at:

@@ -21,8 +21,9 @@ STATES = (
     "model unavailable", "eviction for room", "load did not fit the device", "quarantine", "forced unload",
     "drain waited for a task", "rebalance began", "rebalance completed", "rebalance failed",
     "rebalance lived through a new leader", "task re-queued without strike",
-    "outcome reported again", "retention forgot tasks", "retention forgot events",
-    "load retried after a failure", "does not fit", "device sizes differ",
+    "outcome reported again", "leader slept", "owner's unload happened", "retention forgot tasks",
+    "retention forgot events", "unload lived through a new leader", "load retried after a failure", "does not fit",
+    "device sizes differ",
 )  # fmt: skip
 
 

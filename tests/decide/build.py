@@ -6,7 +6,7 @@ from typing import Any
 
 from msgspec.structs import replace as changed
 
-from peer.decide import admit, schedule
+from peer.decide import admit, lose, place, recover, schedule
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
 from peer.decide.record import heard, report
@@ -14,7 +14,7 @@ from peer.state.command import SubmitTask
 from peer.state.model import Model, Replica, ReplicaState
 from peer.state.order import AttemptFailed, AttemptFinished, AttemptStarted, RunAttempt
 from peer.state.record import task_id
-from peer.state.snapshot import Policy, Save, Snapshot
+from peer.state.snapshot import Drop, Policy, Save, Snapshot
 from peer.state.task import Status, Task
 from peer.state.worker import DeviceInfo, EngineState, HostInfo, Telemetry, Worker, WorkerReport
 
@@ -149,6 +149,17 @@ class World:
         self.take(Decision(changes=[Save(Worker(
             worker_id=worker, peer_id="p1", device=device(), first_seen=self.now
         ))]))  # fmt: skip
+
+    def drain(self, model: str, worker: str = "w1", because: str = place.OWNER) -> None:
+        self.take(Decision(changes=[place.drain(self.s, self.now, worker, model, because)]))
+
+    def undrain(self, model: str, worker: str = "w1") -> None:
+        self.take(Decision(changes=[Drop(self.s.draining[worker, model])]))
+
+    def lost_attempts(self) -> None:
+        """As in a tick: who is lost, then what was lost with them."""
+        self.take(lose.lose(self.s, self.now))
+        self.take(recover.lost_attempts(self.s, self.now))
 
     def hear(self, said: WorkerReport) -> None:
         self.take(heard(self.s, self.now, said))

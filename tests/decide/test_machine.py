@@ -9,12 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from peer.decide import admit, meter, place, rebalance, recover, retain
+from peer.decide import admit, lose, meter, place, rebalance, recover, retain
 from peer.decide.decision import Decision
 from peer.decide.record import report
 from peer.decide.workers import memory
 from peer.errors import BitinglipError
 from peer.state.command import AssignModel, CancelTask, Rebalance, RestartWorker, UnloadModel
+from peer.state.index import Index
 from peer.state.model import HOLDS_MEMORY, Replica, ReplicaState
 from peer.state.order import (
     AttemptFailed,
@@ -133,7 +134,9 @@ class Cluster(RuleBasedStateMachine):
         for worker in WORKERS:
             if not silent or calm:
                 self.hear(worker, True, EngineState.READY)
-        for decide in (recover.time_out, recover.lost_attempts, recover.hopeless, place.reconcile):
+        for decide in (lose.wake, lose.lose, recover.time_out, recover.lost_attempts):
+            self.decide(decide(s, world.now))
+        for decide in (recover.hopeless, place.reconcile):
             self.decide(decide(s, world.now))
         for decide in (rebalance.advance, recover.announce, meter.sample_gauges, meter.roll_up):
             self.decide(decide(s, world.now))
@@ -255,6 +258,22 @@ class Cluster(RuleBasedStateMachine):
         assert len(s.tasks) <= s.policy.queue_tasks_max
 
     @invariant()
+    def the_index_follows_from_the_facts(self) -> None:
+        s, fresh = self.world.s, Index()
+        for worker_id in s.workers:
+            fresh.place(worker_id, {}, s.replicas.get(worker_id, {}))
+            fresh.named[worker_id] = frozenset(s.reports[worker_id].running)
+        for worker_id in s.workers:
+            fresh.touch(s, worker_id)
+        for name in ("placed", "room", "unmet", "unused", "doubtful", "named"):
+            assert getattr(s.index, name) == getattr(fresh, name), name
+        assert s.wishes == {
+            w: {m: wish for (x, m), wish in s.assignments.items() if x == w} for w in s.wishes
+        }
+        assert list(s.heard_at.values()) == sorted(s.heard_at.values())
+        assert s.under_way == {i: p for i, p in s.plans.items() if p.status == "initiated"}
+
+    @invariant()
     def the_store_agrees(self) -> None:
         disk, s = self.world.disk, self.world.s
         tasks = {k[5:]: decode(Task, v) for k, v in disk.items() if k.startswith("task/")}
@@ -265,6 +284,8 @@ class Cluster(RuleBasedStateMachine):
         done = {i for i, task in tasks.items() if task.status is Status.COMPLETED}
         assert {k[7:] for k in disk if k.startswith("result/")} == done
         assert {k[6:] for k in disk if k.startswith("input/")} == set(tasks)
+        drains = {k for k in disk if k.startswith("draining/")}
+        assert drains == {f"draining/{worker}/{model}" for worker, model in s.draining}
         for task_id, task in tasks.items():
             encoded = disk[f"task/{task_id}"]
             if task.status in TERMINAL:

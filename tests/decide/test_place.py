@@ -13,11 +13,24 @@ from peer.decide.workers import memory
 from peer.errors import Conflict, NotFound
 from peer.state.command import AssignModel, RestartWorker, UnloadModel
 from peer.state.metric import Bucket, Counts
-from peer.state.model import LoadProfile, Model, ReplicaState
+from peer.state.model import Draining, LoadProfile, Model, ReplicaState
 from peer.state.order import LoadReplica, StopAttempt, UnloadReplica
-from peer.state.snapshot import Drain, Pace, Save
-from peer.state.worker import EngineState, Telemetry
-from tests.decide.build import CATALOGUE, GIB, LARGE, SMALL, T0, World, device, replica, worker_report
+from peer.state.record import decode
+from peer.state.snapshot import Pace, Save
+from peer.state.task import Task, TaskInput
+from peer.state.worker import EngineState, Telemetry, Worker
+from tests.decide.build import (
+    CATALOGUE,
+    GIB,
+    LARGE,
+    SMALL,
+    T0,
+    World,
+    device,
+    replica,
+    snapshot,
+    worker_report,
+)
 
 FETCHING, LOADING, FAILED, UNLOADING = (
     ReplicaState.FETCHING,
@@ -189,8 +202,71 @@ def test_unloading_takes_back_a_wish_that_has_not_begun() -> None:
     world.known("w1")
     world.known("w2")
     assign(world, "small", "w1")
+    world.hear(worker_report("w1"))
+    world.hear(worker_report("w2"))
     assert unload(world, "small").affected_workers == ("w1",)
     assert (world.s.assignments, world.s.draining) == ({}, {})
+
+
+def test_an_unload_outlives_its_leader() -> None:
+    """The next one has not heard the worker yet, and must not take its silence for the replica's end."""
+    old = World()
+    old.worker("w1", replica("small"))
+    running = old.running("small")
+    unload(old, "small")
+    assert old.disk["draining/w1/small"]
+    new = World(snapshot())
+    for prefix, kind in (
+        ("worker/", Worker),
+        ("draining/", Draining),
+        ("task/", Task),
+        ("input/", TaskInput),
+    ):
+        for key, value in old.disk.items():
+            if key.startswith(prefix):
+                new.s.load(decode(kind, value))
+    assert reconcile(new) == []
+    assert new.s.draining == old.s.draining
+    new.hear(worker_report("w1", replica("small"), running=(f"{running.task_id}/1",)))
+    assert view.shown_replicas(new.s, "w1")[0].state is ReplicaState.DRAINING
+    assert reconcile(new) == []  # a task still runs there
+    new.take(recover.fail(new.s, T0, new.task(running), "x", "y"))
+    assert [type(order) for order in reconcile(new)] == [UnloadReplica]
+    assert ("w1", "small") in new.s.draining
+    new.hear(worker_report("w1"))
+    reconcile(new)
+    assert new.s.draining == {}
+
+
+def test_a_young_leader_unloads_where_it_has_heard_nothing_yet() -> None:
+    world = World()
+    world.known("w1")
+    world.worker("w2")
+    assert unload(world, "small").affected_workers == ("w1",)
+    assert list(world.s.draining) == [("w1", "small")]
+    world.later(7)
+    with pytest.raises(Conflict, match="not on w1, w2"):
+        unload(world, "echo")  # whoever is still silent may be gone for good
+    assert unload(world, "echo", "w1").affected_workers == ("w1",)  # asked for by its name
+    world.hear(worker_report("w1", replica("small")))
+    assert [(o.worker_id, o.model_name) for o in reconcile(world)] == [("w1", "small")]
+    assert list(world.s.draining) == [("w1", "small")]
+
+
+def test_what_an_owner_unloads_stays_so_for_every_other_reason() -> None:
+    world = World()
+    world.worker("w1", replica("small"))
+    world.drain("small", because=place.ROOM)
+    assert world.s.draining["w1", "small"].because == "room"
+    unload(world, "small")
+    assert world.s.draining["w1", "small"].because == "owner"
+    world.later(1).drain("small", because=place.MOVE)
+    assert world.s.draining["w1", "small"] == Draining(
+        worker_id="w1", model_name="small", since=T0, because="owner"
+    )
+    assign(world, "small", "w1")
+    assert world.s.draining == {}
+    assert "draining/w1/small" not in world.disk
 
 
 def test_what_is_no_longer_in_the_catalogue_can_be_unloaded() -> None:
@@ -246,7 +322,7 @@ def test_room_is_made_by_what_was_used_longest_ago() -> None:
 def test_what_drains_already_is_not_sent_away_twice() -> None:
     world = World()
     world.worker("w1", replica("a", memory_bytes=4 * GIB), replica("b", memory_bytes=4 * GIB, last_used=1))
-    world.take(Decision(changes=[Drain("w1", "a", wanted=True)]))
+    world.drain("a")
     world.submit("large")
     world.take(place.reconcile(world.s, T0))
     assert set(world.s.draining) == {("w1", "a"), ("w1", "b")}
@@ -285,7 +361,7 @@ def test_what_drains_is_not_loaded() -> None:
     world.worker("w1", replica("small", state=FAILED))
     world.s.replicas["w1"]["small"] = replica("small", state=FAILED)
     world.submit("small")
-    world.take(Decision(changes=[Drain("w1", "small", wanted=True)]))
+    world.drain("small")
     assert [type(order) for order in reconcile(world)] == [UnloadReplica]
 
 

@@ -9,13 +9,14 @@ from msgspec.structs import replace as changed
 
 from peer.decide import rebalance
 from peer.decide.decision import Decision
+from peer.decide.place import MOVE
 from peer.errors import Conflict
 from peer.state.command import Rebalance
 from peer.state.metric import Bucket, Counts
 from peer.state.model import Assignment, ReplicaState
 from peer.state.order import LoadReplica
 from peer.state.plan import Move, Plan
-from peer.state.snapshot import Drain, Save
+from peer.state.snapshot import Save
 from tests.decide.build import CATALOGUE, ECHO, GIB, SMALL, T0, World, device, replica, worker_report
 
 
@@ -211,16 +212,23 @@ def test_a_new_leader_judges_a_move_only_once_it_has_heard_of_both_workers() -> 
 
 def test_a_target_that_is_lost_gives_its_source_back() -> None:
     world = begun(state="draining", started_at=T0)
-    world.take(Decision(changes=[Drain("w1", "echo", wanted=True)]))
+    world.drain("echo", "w1", MOVE)
     move = advance(world)
     assert (move.state, move.reason) == ("failed", "w2 lost it")
     assert ("w1", "echo") not in world.s.draining
 
 
+def test_what_an_owner_unloads_is_not_given_back() -> None:
+    world = begun(state="draining", started_at=T0)
+    world.drain("echo", "w1")
+    assert advance(world).state == "failed"
+    assert ("w1", "echo") in world.s.draining
+
+
 def test_an_owner_who_unloads_the_target_ends_the_move() -> None:
     world = begun(state="draining", started_at=T0)
     world.hear(worker_report("w2", replica("echo")))
-    world.take(Decision(changes=[Drain("w2", "echo", wanted=True)]))
+    world.drain("echo", "w2")
     move = advance(world)
     assert (move.state, move.reason) == ("failed", "w2 is to unload it")
 

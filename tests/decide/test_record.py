@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from msgspec.structs import replace as changed
 
-from peer.decide import admit, place, recover
+from peer.decide import admit, lose, place, recover
 from peer.decide.decision import Decision
 from peer.decide.record import report
 from peer.decide.workers import status
@@ -23,7 +23,7 @@ from peer.state.order import (
     UnloadReplica,
     WorkerReported,
 )
-from peer.state.snapshot import Drain, Foresee
+from peer.state.snapshot import Foresee
 from peer.state.task import Status
 from peer.state.worker import EngineState
 from tests.decide.build import GIB, T0, World, device, failed, finished, replica, started, worker_report
@@ -170,9 +170,10 @@ def test_a_silent_worker_loses_its_tasks() -> None:
     world = ready()
     task = world.running()
     world.hear(worker_report("w1", replica("echo"), running=(f"{task.task_id}/1",)))
-    assert recover.lost_attempts(world.s, world.now + 5).changes == []
-    world.later(6.5).take(recover.lost_attempts(world.s, world.now))
-    assert world.data("task_requeued")["message"] == "worker w1 is silent"
+    assert lose.lose(world.s, world.now + 5).changes == []
+    world.later(6.5).lost_attempts()
+    text = "worker w1 is lost: it has not reported for 6.5 s"
+    assert world.data("task_requeued")["message"] == text
     assert world.task(task).strikes == 1
 
 
@@ -192,9 +193,52 @@ def test_a_new_leader_waits_for_first_reports() -> None:
     world.known("w1")
     task = world.held("echo", "w1")
     world.s.tasks[task.task_id] = world.s.held["w1"][task.task_id] = changed(task, assigned_at=None)
-    assert recover.lost_attempts(world.s, T0 + 2.9).changes == []
-    world.later(3.1).take(recover.lost_attempts(world.s, world.now))
+    world.later(5.9).lost_attempts()
+    assert world.events == []
+    world.later(0.2).lost_attempts()
     assert world.events == ["task_requeued"]
+
+
+def test_one_silent_worker_of_a_peer_that_reports_loses_its_tasks() -> None:
+    """Nothing is to be confirmed where the peer itself is there."""
+    world = ready()
+    task = world.running()
+    world.worker("w2", running=())
+    world.later(5).hear(worker_report("w2"))
+    world.later(1.5).lost_attempts()
+    assert world.data("task_requeued")["message"] == "worker w1 is silent"
+    assert (world.task(task).strikes, world.s.lost) == (1, {})
+
+
+def test_an_engine_that_is_down_loses_its_tasks() -> None:
+    world = ready()
+    task = world.running()
+    named = (f"{task.task_id}/1",)
+    world.later(4).hear(worker_report("w1", replica("echo"), running=named))
+    world.lost_attempts()
+    assert world.events == []
+    world.hear(worker_report("w1", state=EngineState.RESTARTING, running=named))
+    world.lost_attempts()
+    assert world.data("task_requeued")["message"] == "worker w1 is silent"
+
+
+def test_what_a_returning_worker_still_runs_is_stopped() -> None:
+    """The order to stop it was lost with its peer; its slot is not waited for."""
+    world = ready()
+    task, other = world.running(), world.submit()
+    world.schedule()
+    running = (f"{task.task_id}/1", f"{other.task_id}/1")
+    world.hear(worker_report("w1", replica("echo"), running=running))
+    assert world.orders == []
+    world.take(recover.requeue(world.s, T0, world.task(task), "x", "y", strike=False))
+    world.hear(worker_report("w1", replica("echo"), running=running))
+    assert [(type(o), o.task_id, o.attempt) for o in world.orders] == [(StopAttempt, task.task_id, 1)]
+    assert world.batch.reasons == [f"w1 still has the dead attempt {task.task_id}/1"]
+    world.take(admit.cancel(world.s, T0, CancelTask(task_id=task.task_id), None))
+    world.hear(worker_report("w1", replica("echo"), running=(running[1], "gone/3")))
+    assert world.orders == []  # that one is named for the first time
+    world.hear(worker_report("w1", replica("echo"), running=(running[1], "gone/3")))
+    assert [(o.task_id, o.attempt) for o in world.orders] == [("gone", 3)]
 
 
 def test_a_long_queue_whose_time_is_up_is_no_giant_transaction() -> None:
@@ -217,12 +261,13 @@ def test_a_model_that_cannot_be_loaded_anywhere_fails_its_tasks() -> None:
     world = World()
     task = world.submit("small")
     assert recover.hopeless(world.s, T0).changes == []
-    world.worker("w1", replica("small", state=FAILED, error="no such file"))
     world.worker("w2", replica("small", "w2"))
-    for name, failures in (("w1", 3), ("w2", 2)):
-        world.s.replicas[name]["small"] = replica("small", name, state=FAILED, failures=failures, error="bad")
+    for worker, failures in (("w1", 3), ("w2", 2)):
+        bad = replica("small", worker, state=FAILED, failures=failures, error="bad")
+        world.take(Decision(changes=[Foresee(worker, "small", bad, T0)]))
         assert recover.hopeless(world.s, T0).changes == []
-    world.s.replicas["w2"]["small"] = changed(world.s.replicas["w2"]["small"], failures=3)
+    worst = changed(world.s.replicas["w2"]["small"], failures=3)
+    world.take(Decision(changes=[Foresee("w2", "small", worst, T0)]))
     world.take(recover.hopeless(world.s, T0))
     assert world.data("task_failed") | {"task_id": ""} == {
         "task_id": "",
@@ -397,9 +442,9 @@ def test_draining_takes_no_tasks_and_can_be_taken_back() -> None:
     world = ready()
     assert world.schedule() == []  # nothing waits
     world.submit()
-    world.take(Decision(changes=[Drain("w1", "echo", wanted=True)]))
+    world.drain("echo")
     assert world.schedule() == []
-    world.take(Decision(changes=[Drain("w1", "echo", wanted=False), Drain("w1", "x", wanted=False)]))
+    world.undrain("echo")
     assert len(world.schedule()) == 1
 
 
@@ -440,3 +485,13 @@ def test_cancel_after_requeue_is_told_once() -> None:
     assert world.batch.requeued == [world.task(task)]
     world.take(admit.cancel(world.s, T0, CancelTask(task_id=task.task_id), None))
     assert list(world.batch.ended) == [task.task_id]
+
+
+def test_a_devices_own_bound_on_slots_is_shared_by_its_models() -> None:
+    world = World()
+    world.worker("w1", replica("echo"), replica("small"), slots_max=2)
+    for _ in range(2):
+        world.submit("echo")
+        world.submit("small")
+    assert [run.model_name for run in world.schedule()] == ["echo", "echo"]
+    assert world.schedule() == []

@@ -1,0 +1,92 @@
+"""When a peer is lost with its workers: by its session, by its silence, and never too many at once.
+
+Evidence comes into the snapshot as it arises (`Linked`, `Rumoured`, `Heard`); this decides once a tick. A peer is back
+as soon as one of its workers reports.
+"""
+
+from __future__ import annotations
+
+from peer.decide.decision import Decision
+from peer.decide.workers import long_unheard
+from peer.limits import LOSS_CONFIRM_S, LOSS_WINDOW_S, RELINK_S, STARVED_S, WORKER_SILENT_S
+from peer.state.snapshot import Linked, Lose, Snapshot, Ticked
+
+
+def wake(snapshot: Snapshot, now: float) -> Decision:
+    """The first decision of every tick. If the last one was long ago, this leader slept, and others are not to blame.
+
+    Who was silent before stays so: sleep raises nobody from the dead.
+    """
+    asleep_s = now - snapshot.ticked_at
+    if not snapshot.ticked_at or asleep_s <= STARVED_S:
+        return Decision(changes=[Ticked(now)])
+    decision = Decision(reasons=[f"this leader was not awake for {asleep_s:.1f} s"])
+    excused = [w for w in snapshot.workers if snapshot.silence_s(w, snapshot.ticked_at) <= WORKER_SILENT_S]
+    decision.changes.append(Ticked(now, tuple(excused)))
+    for peer_id in snapshot.unlinked:
+        if peer_id not in snapshot.lost:  # it may have come up again meanwhile
+            decision.changes.append(Linked(peer_id, False, now))
+    return decision
+
+
+def lose(snapshot: Snapshot, now: float) -> Decision:
+    """Declare lost whom the evidence is against; those without confirmation only within the share."""
+    decision = Decision()
+    evidence = _evidence(snapshot, now)
+    if not evidence:
+        return decision
+    budget = _budget(snapshot, now)
+    for peer_id, because in evidence.items():
+        confirmed = _confirmed(snapshot, now, peer_id)
+        if not confirmed:
+            if budget <= 0:
+                decision.reasons.append(f"{peer_id} is not declared lost yet: too many at once ({because})")
+                continue
+            budget -= 1
+        decision.changes.append(Lose(peer_id, now, because, confirmed))
+        decision.reasons.append(f"{peer_id} is lost: {because}")
+    return decision
+
+
+def _evidence(snapshot: Snapshot, now: float) -> dict[str, str]:
+    """By peer, why it seems to be lost; those that are lost already are left out."""
+    found = {}
+    for peer_id, link in snapshot.unlinked.items():
+        if now - link.at > RELINK_S:
+            found[peer_id] = f"its session ended {now - link.at:.1f} s ago"
+    silent = dict.fromkeys(long_unheard(snapshot, now))
+    if len(snapshot.heard_at) < len(snapshot.workers) and now - snapshot.started_at > WORKER_SILENT_S:
+        unheard = snapshot.workers.keys() - snapshot.heard_at.keys()
+        silent.update(dict.fromkeys(w for w in sorted(unheard) if _is_silent(snapshot, w, now)))
+    for worker_id in silent:
+        peer_id = snapshot.workers[worker_id].peer_id
+        if peer_id not in found and all(_is_silent(snapshot, w, now) for w in snapshot.peers[peer_id]):
+            found[peer_id] = f"it has not reported for {_silence_s(snapshot, now, peer_id):.1f} s"
+    return {p: found[p] for p in found if p not in snapshot.lost and snapshot.peers.get(p)}
+
+
+def _is_silent(snapshot: Snapshot, worker_id: str, now: float) -> bool:
+    return snapshot.silence_s(worker_id, now) > WORKER_SILENT_S
+
+
+def _silence_s(snapshot: Snapshot, now: float, peer_id: str) -> float:
+    return min(snapshot.silence_s(worker_id, now) for worker_id in snapshot.peers[peer_id])
+
+
+def _confirmed(snapshot: Snapshot, now: float, peer_id: str) -> bool:
+    """By gossip that is newer than its last report, or by a long silence of which this leader slept none."""
+    silence_s = _silence_s(snapshot, now, peer_id)
+    if silence_s > LOSS_CONFIRM_S:
+        return True
+    rumour = snapshot.rumours.get(peer_id)
+    return rumour is not None and rumour.status in ("failed", "left") and rumour.at > now - silence_s
+
+
+def _budget(snapshot: Snapshot, now: float) -> int:
+    """How many more peers may be lost without confirmation; one at least within every window."""
+    known = sum(bool(workers) for workers in snapshot.peers.values())
+    allowed = max(1, int(snapshot.policy.lost_share_max * known))
+    recent = [
+        p for p, loss in snapshot.losses.items() if not loss.confirmed and now - loss.at < LOSS_WINDOW_S
+    ]
+    return allowed - sum(not _confirmed(snapshot, now, p) for p in recent)
