@@ -18,7 +18,7 @@ from peer.cli.common import pairs, printable, say, table
 from peer.cli.exits import CliError, Exit
 
 if TYPE_CHECKING:
-    from simulations.campaign import Job, Level
+    from simulations.campaign import Job, Level, Shrunk
     from simulations.outcome import Outcome
     from simulations.report import Totals
 
@@ -115,9 +115,9 @@ def _series(options: dict[str, Any]) -> int:
     _summary(totals)
     if options["seed"] is not None:
         pairs([("\ntrace hash", outcome.trace_hash) for outcome in _shown(totals)])
-    _failures(totals, options)
+    shrunk = _failures(totals, options)
     if options["report"] and totals.runs:
-        _page(totals, Path(options["report"]))
+        _page(totals, Path(options["report"]), shrunk)
     return _exit_code(totals)
 
 
@@ -196,7 +196,7 @@ def _summary(totals: Totals) -> None:
 # ------------------------------------------------------------------------------------------------ failures
 
 
-def _failures(totals: Totals, options: dict[str, Any]) -> None:
+def _failures(totals: Totals, options: dict[str, Any]) -> list[Shrunk]:
     by_text: dict[str, list[int]] = {}
     for broken in totals.broken:
         by_text.setdefault(broken.text, []).append(broken.job.seed)
@@ -204,16 +204,18 @@ def _failures(totals: Totals, options: dict[str, Any]) -> None:
         more = f" (and {len(seeds) - 1} more)" if len(seeds) > 1 else ""
         say(f"\nseed {seeds[0]}{more}: the simulator is at fault, not the product\n{text}")
     folder = Path(options["report"] or ".")
-    for failed in totals.failed[:SHRINK_FAILURES_MAX]:
-        _failure(failed, totals.level, folder, options)
+    shrunk = [
+        _failure(failed, totals.level, folder, options) for failed in totals.failed[:SHRINK_FAILURES_MAX]
+    ]
     rest = totals.failed[SHRINK_FAILURES_MAX:]
     for failed in rest[:FAILURES_TOLD_MAX]:
         print(f"\nseed {failed.seed} failed: {failed.failure}\n  {_again(failed, totals.level, options)}")
     if len(rest) > FAILURES_TOLD_MAX:
         print(f"\nand {len(rest) - FAILURES_TOLD_MAX} more")
+    return shrunk
 
 
-def _failure(failed: Outcome, level: Level, folder: Path, options: dict[str, Any]) -> None:
+def _failure(failed: Outcome, level: Level, folder: Path, options: dict[str, Any]) -> Shrunk:
     """Shrink it, write its trace, print all that somebody needs to take it up."""
     from simulations import report
     from simulations.campaign import shrunk
@@ -251,6 +253,7 @@ def _failure(failed: Outcome, level: Level, folder: Path, options: dict[str, Any
     else:
         print(f"  trace   {path}\n  replay  bitinglip simulate --replay {path}")
     print(f"  whole   {_again(failed, level, options)}", flush=True)
+    return least
 
 
 def _again(failed: Outcome, level: Level, options: dict[str, Any]) -> str:
@@ -272,10 +275,13 @@ def _shown(totals: Totals) -> list[Outcome]:
     return totals.failed or ([totals.eventful] if totals.eventful is not None else [])
 
 
-def _page(totals: Totals, folder: Path) -> None:
+def _page(totals: Totals, folder: Path, shrunk: Sequence[Shrunk] = ()) -> None:
     from simulations.html import write_report
 
-    print(f"\nreport  {write_report(totals, folder)}")
+    try:
+        print(f"\nreport  {write_report(totals, folder, shrunk)}")
+    except OSError as error:
+        raise CliError(f"the report cannot be written to {folder}: {error.strerror}", Exit.FAILED) from None
 
 
 # ------------------------------------------------------------------------------------------------ other modes
