@@ -1,0 +1,262 @@
+"""One run at world level: full peers, drawn or given faults and requests, then a time without faults to settle in."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import trio
+
+from peer.ports import LEADER_KEY
+from peer.state.order import LoadReplica, Order, UnloadReplica
+from simulations.bugs.world import switched_on
+from simulations.errors import InvariantViolated
+from simulations.outcome import CLUSTER, Mark, Outcome
+from simulations.scenario import Scenario
+from simulations.world.cards import catalogue, profile
+from simulations.world.durable import Durable
+from simulations.world.faults import Injector
+from simulations.world.gossip import SimGossip
+from simulations.world.host import Shared, SimHost
+from simulations.world.kernel import World, run_world
+from simulations.world.network import SimNetwork
+from simulations.world.store import EtcdModel
+from simulations.world.workload import Clients
+
+_LOOK_S = 0.1  # how often what can be seen from outside is checked
+_LEADER_S_MAX = 60.0  # after the faults: until one leads and all follow
+_TASKS_S_MAX = 900.0  # until every task has ended: quarantines last 600 s, time-outs 60 s
+_QUIET_S = 20.0  # without a load or unload: the placement has settled
+_QUIET_S_MAX = 900.0
+_EMPTY_S_MAX = 60.0  # until nothing of what has ended is left anywhere
+_REPORTS_MAX = 20_000  # waiting in one executor
+
+
+def run(scenario: Scenario, *, bug: str = "") -> Outcome:
+    """Raises SimulatorError for the simulator's own faults; the product's are in the outcome."""
+    began = time.perf_counter()
+    outcome = Outcome(scenario, bug=bug)
+    cluster: list[Cluster] = []
+
+    async def main(world: World) -> None:
+        cluster.append(Cluster(world, scenario))
+        await cluster[0].run()
+
+    with switched_on(bug):
+        try:
+            run_world(main, scenario.seed, blame_livelock=True)
+        except InvariantViolated as violated:
+            outcome.failure = violated
+    if cluster:
+        cluster[0].tell(outcome)
+    outcome.real_s = time.perf_counter() - began
+    return outcome
+
+
+class Cluster:
+    """The hosts of one world, and all that is checked of them."""
+
+    def __init__(self, world: World, scenario: Scenario) -> None:
+        self.world = world
+        self.scenario = scenario
+        self.checks: Counter[str] = Counter()
+        self.sometimes: Counter[str] = Counter()
+        names = [f"h{number}" for number in range(1, scenario.hosts + 1)]
+        self.network = SimNetwork(world, world.rng("network"))
+        self.gossip = SimGossip(world, self.network, world.rng("gossip"))
+        self.store = EtcdModel(
+            names[: scenario.voters],
+            world.rng("store"),
+            reachable=self.network.links.is_open,
+            violated=world.violated,
+        )
+        self.durable = Durable(world.now)
+        self.store.on_applied.append(self._applied)
+        models = catalogue(scenario.models)
+        shared = Shared(world, self.store, self.network, self.gossip, models, profile(models))
+        self.hosts = {
+            name: SimHost(
+                shared,
+                name,
+                voter=name in names[: scenario.voters],
+                gpus=scenario.gpus,
+                on_order=self._ordered,
+            )
+            for name in names
+        }
+        for name in scenario.upgraded:
+            self.hosts[name].upgrade()
+        self.injector = Injector(world, self.hosts, self.network, self.gossip, self.store, self.leader)
+        self.clients = Clients(world, self._cluster_of, scenario, self.durable.acknowledged)
+        self._epochs_obeyed: dict[tuple[str, int], int] = {}
+        self._moved_at = 0.0  # the last load or unload
+        self._leading: dict[tuple[str, int], float] = {}  # (peer, epoch): since
+        self._led: list[Mark] = []
+        self._ended_s = 0.0
+
+    def leader(self) -> str:
+        """Who holds the leader key now, "" for nobody."""
+        key = self.store.data.get(LEADER_KEY)
+        return key.value.decode().partition(" ")[0] if key is not None else ""
+
+    def _cluster_of(self, peer_id: str) -> object | None:
+        """What a client that asks this peer gets to; None: nobody answers there."""
+        host = self.hosts[peer_id]
+        if host.peer is None or not host.up or host.incarnation is None or host.incarnation.frozen:
+            return None
+        return host.peer.cluster
+
+    # ---------------------------------------------------------------- the run
+
+    async def run(self) -> None:
+        self.world.spawn(self.store.run)
+        absent = self.injector.absent_at_first(self.scenario.faults)
+        for name, host in self.hosts.items():
+            if name not in absent:
+                host.start()
+        self.world.spawn(self._look)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.injector.run, self.scenario.faults, self.scenario.fault_s)
+            nursery.start_soon(self.clients.run)
+        await self._until("one_leader", _LEADER_S_MAX, self._not_led)
+        with trio.move_on_after(_TASKS_S_MAX) as patience:
+            await self.clients.finish()
+        if patience.cancelled_caught:
+            live = [f"{task.task_id} ({task.status}, {task.model_name})" for task in self.durable.live()[:5]]
+            self.world.violated("tasks_end", f"{len(self.durable.live())} live tasks: {', '.join(live)}")
+        await self._until("tasks_end", _TASKS_S_MAX, self._live_tasks)
+        await self._until("placement_settles", _QUIET_S_MAX, self._moving)
+        await self._until("nothing_leaks", _EMPTY_S_MAX, self._left_over)
+        self.clients.check()
+        self._ended_s = self.world.now()
+
+    async def _until(self, check: str, limit_s: float, wrong: Callable[[], str]) -> None:
+        """Poll until nothing is wrong; it is the product's fault if that takes too long."""
+        give_up_at = self.world.now() + limit_s
+        self.checks[check] += 1
+        while why := wrong():
+            if self.world.now() >= give_up_at:
+                self.world.violated(check, f"{limit_s:g} s after the faults: {why}")
+            await trio.sleep(_LOOK_S * 5)
+
+    # ---------------------------------------------------------------- after the faults
+
+    def _not_led(self) -> str:
+        leaders = [
+            name
+            for name, host in self.hosts.items()
+            if host.peer is not None and host.peer.leader is not None
+        ]
+        if len(leaders) != 1:
+            return f"leaders: {', '.join(leaders) or 'none'}"
+        lost = [
+            name
+            for name, host in self.hosts.items()
+            if name != leaders[0] and (host.peer is None or host.peer.follower.leader != leaders[0])
+        ]
+        return f"{', '.join(lost)} do not follow {leaders[0]}" if lost else ""
+
+    def _live_tasks(self) -> str:
+        live = self.durable.live()
+        return f"{len(live)} tasks live, {live[0].task_id} is {live[0].status}" if live else ""
+
+    def _moving(self) -> str:
+        quiet = self.world.now() - self._moved_at
+        return "" if quiet >= _QUIET_S else f"a replica was loaded or unloaded {quiet:.1f} s ago"
+
+    def _left_over(self) -> str:
+        for name, host in self.hosts.items():
+            if host.peer is None:
+                return f"{name} is not up"
+            held = host.peer.executor.held()
+            if held:
+                return f"{name} still answers for {', '.join(held[:3])}"
+            if host.peer.leader is not None and host.peer.leader.held_tasks():
+                return f"the leader still counts {host.peer.leader.held_tasks()} tasks as running"
+        return ""
+
+    # ---------------------------------------------------------------- at every moment
+
+    def _applied(self, revision: int, writes: object, epoch: int | None, peer_id: str) -> None:
+        try:
+            self.durable.applied(revision, writes, epoch, peer_id)  # type: ignore[arg-type]
+        except InvariantViolated as violated:
+            self.world.fail(violated)
+
+    def _ordered(self, host: SimHost, order: Order, *, obeyed: bool) -> None:
+        """An executor was given an order."""
+        self.checks["no_older_epoch_is_obeyed"] += 1
+        disk = (host.peer_id, host.disks_lost)  # a new disk remembers nothing
+        known = self._epochs_obeyed.get(disk, 0)
+        if obeyed and order.epoch < known:
+            self.world.violated(
+                "no_older_epoch_is_obeyed",
+                f"{host.peer_id} obeyed a {type(order).__name__} of epoch {order.epoch} after one of {known}",
+            )
+        if not obeyed:
+            self.sometimes["older_order_refused"] += 1
+            return
+        self._epochs_obeyed[disk] = max(known, order.epoch)
+        if isinstance(order, LoadReplica | UnloadReplica):
+            self._moved_at = self.world.now()
+
+    async def _look(self) -> None:
+        """What nobody inside can see: whether two peers are sure to lead, and how long the lines are."""
+        while True:
+            sure = []
+            leading: dict[tuple[str, int], float] = {}
+            for name, host in self.hosts.items():
+                peer = host.peer
+                if peer is None or not host.up:
+                    continue
+                self._check_bounds(name, host)
+                if peer.leader is None or peer.election is None or peer.election.leadership is None:
+                    continue
+                leadership = peer.election.leadership
+                key = (name, leadership.epoch)
+                leading[key] = self._leading.get(key, self.world.now())
+                if leadership.fresh():
+                    sure.append(f"{name} (epoch {leadership.epoch})")
+            self.checks["one_leader_is_sure"] += 1
+            if len(sure) > 1:
+                self.world.violated(
+                    "one_leader_is_sure", f"{' and '.join(sure)} both vouch for what they read"
+                )
+            if len(leading) > 1:
+                self.sometimes["two_believe_they_lead"] += 1
+            self._mark_leaders(leading)
+            self._ended_s = self.world.now()
+            await trio.sleep(_LOOK_S)
+
+    def _check_bounds(self, name: str, host: SimHost) -> None:
+        self.checks["lines_are_bounded"] += 1
+        waiting = host.peer.executor.reports_waiting if host.peer is not None else 0
+        if waiting > _REPORTS_MAX:
+            self.world.violated("lines_are_bounded", f"{waiting} reports wait at {name}")
+
+    def _mark_leaders(self, leading: dict[tuple[str, int], float]) -> None:
+        for (name, epoch), since in self._leading.items():
+            if (name, epoch) not in leading:
+                self._led.append(Mark(since, self.world.now(), name, "leader", f"epoch {epoch}"))
+        self._leading = leading
+
+    # ---------------------------------------------------------------- what it came to
+
+    def tell(self, outcome: Outcome) -> None:
+        world = self.world
+        end_s = self._ended_s
+        outcome.virtual_s = end_s
+        outcome.steps = world.steps
+        outcome.trace_hash = world.trace.hexdigest()
+        outcome.trace_tail = tuple(world.trace.tail)
+        outcome.faults = self.injector.injected
+        outcome.checks = self.checks + self.durable.checks + self.clients.checks
+        outcome.sometimes = self.sometimes + self.durable.sometimes + self.clients.sometimes
+        marks = [*self.injector.marks, *self._led, *self.clients.marks]
+        marks += [
+            Mark(since, end_s, name, "leader", f"epoch {epoch}")
+            for (name, epoch), since in self._leading.items()
+        ]
+        marks += [Mark(at_s, None, CLUSTER, "task", how) for at_s, _, how in self.durable.ended]
+        outcome.timeline = sorted(marks, key=lambda mark: mark.at_s)
