@@ -1,14 +1,373 @@
-"""Known defects of whole peers, switched on one at a time: the world level must find each of them."""
+"""Known defects of whole peers, switched on one at a time: the world level must find each of them.
+
+Each is what somebody could have written: a check left out, a bound forgotten, a copy one step too old.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Final
 
+import trio
+from msgspec.structs import replace as changed
+
+from peer import cluster_peer, routing
+from peer.adapters.fenced_commits import FencedCommits
+from peer.decide import elect, record, retain, schedule
+from peer.decide.decision import Decision
+from peer.decide.elect import Depose
+from peer.election import Election, Leadership
+from peer.errors import Fenced, StoreError, Unavailable
+from peer.executor import Executor
+from peer.follower import Follower
+from peer.leader import Leader
+from peer.link import wire
+from peer.ports import BEAT_KEY, LEADER_KEY, Compare, Delete, Put, Write
+from peer.state.order import AttemptFinished
+from peer.state.snapshot import Save, Snapshot
+from peer.state.task import Status, Task
 from simulations.errors import SimulatorError
 
-Patch = tuple[object, str, object]  # where, name, instead
-BUGS: Mapping[str, tuple[Patch, ...]] = {}
+
+@dataclass(frozen=True, slots=True)
+class Bug:
+    """`patches`: where, which name, what instead."""
+
+    says: str
+    patches: tuple[tuple[Any, str, Any], ...]
+
+
+# ---------------------------------------------------------------- election
+
+_candidate = elect.candidate
+
+
+def _no_guard(peer_id: str, seen: elect.Seen, guard: elect.Guard | None, evidence: str, now: float) -> Any:
+    kept, action = _candidate(peer_id, seen, guard, evidence, now)
+    if kept is not None and evidence:
+        return kept, Depose(seen.epoch, None, evidence)
+    return kept, action
+
+
+def _guard_without_condition(
+    peer_id: str, seen: elect.Seen, guard: elect.Guard | None, evidence: str, now: float
+) -> Any:
+    """The beat is looked at once: that it stood still for the time is taken for granted."""
+    if guard is not None and guard.epoch == seen.epoch:
+        seen = changed_seen(seen, guard.beat_revision)
+    kept, action = _candidate(peer_id, seen, guard, evidence, now)
+    if isinstance(action, Depose):
+        return kept, Depose(action.epoch, None, action.reason)
+    return kept, action
+
+
+def changed_seen(seen: elect.Seen, beat_revision: int) -> elect.Seen:
+    return elect.Seen(seen.epoch, seen.holder, beat_revision, seen.ended)
+
+
+async def _beat_unfenced(self: Election, leadership: Leadership) -> None:
+    while True:
+        begun = self._clock.now()
+        with suppress(StoreError, Unavailable):
+            await self._store.txn([], [Put(BEAT_KEY, f"{leadership.epoch}".encode())])
+            leadership.beaten(begun)
+        await self._clock.sleep(0.5)
+
+
+async def _beaten_when_answered(self: Election, leadership: Leadership) -> None:
+    """A beat vouches from when it was answered, not from when it was begun."""
+    holds = [Compare(LEADER_KEY, "create_revision", leadership.epoch)]
+    while True:
+        try:
+            done = await self._store.txn(holds, [Put(BEAT_KEY, f"{leadership.epoch}".encode())])
+        except (StoreError, Unavailable):
+            leadership.beaten(self._clock.now())
+        else:
+            if not done.succeeded:
+                self._lose(leadership, "another peer leads")
+                return
+            leadership.beaten(self._clock.now())
+        await self._clock.sleep(0.5)
+
+
+async def _let_go_of_any(self: Election, lease_id: int) -> None:
+    """Whoever holds the key by then loses it."""
+    with trio.move_on_after(2.0, shield=True), suppress(StoreError, Unavailable):
+        await self._store.txn([], [Delete(LEADER_KEY)])
+
+
+async def _campaign_believed(self: Election) -> None:
+    """A campaign that timed out is taken for won."""
+    begun = self._clock.now()
+    lease = await self._store.grant(5.0)
+    name = f"{self._peer_id} {self._entropy.token(8)}"
+    won = True
+    try:
+        done = await self._store.txn(
+            [Compare(LEADER_KEY, "create_revision", 0)], [Put(LEADER_KEY, name.encode(), lease.lease_id)]
+        )
+        won = done.succeeded
+    except StoreError:
+        pass
+    try:
+        key = (await self._store.get([LEADER_KEY])).get(LEADER_KEY)
+        if won and key is not None:
+            await self._hold(Leadership(key.create_revision, self._clock, begun), lease.lease_id)
+    finally:
+        await self._let_go(lease.lease_id)
+
+
+# ---------------------------------------------------------------- commits
+
+_try = FencedCommits._try
+
+
+async def _unfenced(self: FencedCommits, writes: tuple[Write, ...], retried: bool) -> int:
+    done = await self._store.txn([], [*writes, Put("batch", self._name)])
+    return done.revision
+
+
+async def _unnumbered(self: FencedCommits, writes: tuple[Write, ...], retried: bool) -> int:
+    """A batch that timed out is sent again as it is: its first try may arrive after later ones."""
+    done = await self._store.txn([Compare(LEADER_KEY, "create_revision", self._epoch)], list(writes))
+    if not done.succeeded:
+        raise Fenced("another leads")
+    return done.revision
+
+
+_commit = Leader._commit
+
+
+async def _commits_hoped_for(self: Leader, writes: Any) -> None:
+    with suppress(StoreError, Unavailable):
+        await _commit(self, writes)
+    self._over = False
+
+
+async def _time_outs_taken_for_done(self: Leader, writes: Any) -> None:
+    if not writes:
+        return
+    changes: list[Write] = [Put(k, v) if v is not None else Delete(k) for k, v in writes.items()]
+    self._over = True
+    with suppress(Exception):  # a defect on purpose: whatever the store said, it is taken for done
+        await self._store.commit(self._snapshot.epoch, changes)
+    self._over = False
+
+
+@asynccontextmanager
+async def _reads_what_is_in_flight(self: Leader) -> AsyncIterator[None]:
+    yield
+
+
+# ---------------------------------------------------------------- executors
+
+_order = Executor.order
+
+
+async def _obeys_any_epoch(self: Executor, order: Any) -> None:
+    self._epoch = min(self._epoch, order.epoch)
+    await _order(self, order)
+
+
+async def _forgets_its_epoch(self: Executor, order: Any) -> None:
+    """The newest epoch is kept in memory only."""
+    self._remember_epoch = None
+    await _order(self, order)
+
+
+# ---------------------------------------------------------------- new leaders
+
+_load_snapshot = cluster_peer.load_snapshot
+
+
+def _loading(wrong: Callable[[Snapshot], None]) -> Any:
+    async def load(*args: Any, **kwargs: Any) -> Snapshot:
+        snapshot = await _load_snapshot(*args, **kwargs)
+        wrong(snapshot)
+        return snapshot
+
+    return load
+
+
+def _keys_forgotten(snapshot: Snapshot) -> None:
+    for task in list(snapshot.tasks.values()):
+        if task.idempotency_key:
+            snapshot.idempotency.clear()
+
+
+def _event_number_repeated(snapshot: Snapshot) -> None:
+    snapshot.events_next = max(1, snapshot.events_next - 1)
+
+
+def _event_number_skipped(snapshot: Snapshot) -> None:
+    snapshot.events_next += 1
+
+
+def _running_tasks_forgotten(snapshot: Snapshot) -> None:
+    for tasks in list(snapshot.held.values()):
+        for task in list(tasks.values()):
+            snapshot._take_out(task)
+
+
+def _running_tasks_given_anew(snapshot: Snapshot) -> None:
+    """What runs is queued again, one attempt back: it is given to another worker under the same number."""
+    for tasks in list(snapshot.held.values()):
+        for task in list(tasks.values()):
+            snapshot._save(changed(task, status=Status.QUEUED, attempt=task.attempt - 1))
+
+
+# ---------------------------------------------------------------- decisions
+
+_schedule = schedule.schedule
+_report = record.report
+_due = retain.due
+
+
+def _attempt_kept(snapshot: Snapshot, now: float) -> Decision:
+    decision = _schedule(snapshot, now)
+    for at, change in enumerate(decision.changes):
+        if isinstance(change, Save) and isinstance(change.record, Task) and change.record.attempt > 1:
+            decision.changes[at] = Save(changed(change.record, attempt=change.record.attempt - 1))
+    return decision
+
+
+def _dead_results_taken(snapshot: Snapshot, now: float, message: Any) -> Decision:
+    if isinstance(message, AttemptFinished):
+        task = snapshot.tasks.get(message.task_id)
+        if task is not None and task.status in (Status.ASSIGNED, Status.RUNNING):
+            held = changed(message, attempt=task.attempt, worker_id=task.worker_id)
+            decision = _report(snapshot, now, held)
+            for at, change in enumerate(decision.changes):
+                if isinstance(change, Save) and hasattr(change.record, "generated_text"):
+                    decision.changes[at] = Save(
+                        changed(change.record, attempt=message.attempt, worker_id=message.worker_id)
+                    )
+            return decision
+    return _report(snapshot, now, message)
+
+
+def _live_tasks_retired(snapshot: Snapshot, now: float, oldest: Sequence[tuple[float, str]]) -> list[str]:
+    live = sorted(snapshot.tasks)
+    return [*_due(snapshot, now, oldest), *live[:1]] if len(live) > 20 else _due(snapshot, now, oldest)
+
+
+# ---------------------------------------------------------------- answers and events
+
+_RoutedEvents = routing.RoutedCluster._all_events
+
+
+async def _events_resumed_late(self: Any, last: int, events: Any) -> AsyncIterator[Any]:
+    """After a failover the reader goes on one event too far."""
+    while True:
+        try:
+            async for event in events:
+                last = event.id
+                yield event
+        except Unavailable:
+            pass
+        at = last + 1
+        _, events = await self._held(lambda at=at: self._source(at), repeatable=True)
+
+
+async def _events_resumed_early(self: Any, last: int, events: Any) -> AsyncIterator[Any]:
+    while True:
+        try:
+            async for event in events:
+                last = event.id
+                yield event
+        except Unavailable:
+            pass
+        at = max(0, last - 1)
+        _, events = await self._held(lambda at=at: self._source(at), repeatable=True)
+
+
+async def _wakes_nobody(self: Leadership) -> None:
+    await trio.sleep_forever()
+
+
+def _session_kept_silent(self: Follower, session: Any, welcome: wire.Welcome) -> None:
+    """A new leader is not told what runs here."""
+    self._session, self.leader, self.epoch = session, welcome.peer_id, welcome.epoch
+    self._change()
+
+
+BUGS: Final[Mapping[str, Bug]] = MappingProxyType(
+    {
+        "no_silence_guard": Bug("evidence alone deposes a leader", ((elect, "candidate", _no_guard),)),
+        "guard_without_condition": Bug(
+            "the beat is not compared when the leader is deposed",
+            ((elect, "candidate", _guard_without_condition),),
+        ),
+        "beats_unfenced": Bug(
+            "a deposed leader's beats still vouch for it", ((Election, "_beat", _beat_unfenced),)
+        ),
+        "beats_believed": Bug("an unanswered beat vouches", ((Election, "_beat", _beaten_when_answered),)),
+        "lets_go_of_any": Bug(
+            "letting go deletes whoever's key it is", ((Election, "_let_go", _let_go_of_any),)
+        ),
+        "campaign_believed": Bug(
+            "a campaign that timed out is won", ((Election, "_campaign", _campaign_believed),)
+        ),
+        "always_vouches": Bug(
+            "a paused leader answers from memory", ((Leadership, "fresh", lambda self: True),)
+        ),
+        "unfenced_commits": Bug("commits do not compare the epoch", ((FencedCommits, "_try", _unfenced),)),
+        "unnumbered_commits": Bug("retried batches have no number", ((FencedCommits, "_try", _unnumbered),)),
+        "commits_hoped_for": Bug(
+            "failed commits are answered as done", ((Leader, "_commit", _commits_hoped_for),)
+        ),
+        "time_outs_taken_for_done": Bug(
+            "a time-out counts as done", ((Leader, "_commit", _time_outs_taken_for_done),)
+        ),
+        "reads_in_flight": Bug(
+            "queries do not wait for the commit", ((Leader, "_settled", _reads_what_is_in_flight),)
+        ),
+        "obeys_any_epoch": Bug("an executor obeys older leaders", ((Executor, "order", _obeys_any_epoch),)),
+        "forgets_its_epoch": Bug("the newest epoch is not kept", ((Executor, "order", _forgets_its_epoch),)),
+        "keys_forgotten": Bug(
+            "a new leader does not know the idempotency keys of live tasks",
+            ((cluster_peer, "load_snapshot", _loading(_keys_forgotten)),),
+        ),
+        "event_number_repeated": Bug(
+            "a new leader numbers from the last event",
+            ((cluster_peer, "load_snapshot", _loading(_event_number_repeated)),),
+        ),
+        "event_number_skipped": Bug(
+            "a new leader leaves a number out",
+            ((cluster_peer, "load_snapshot", _loading(_event_number_skipped)),),
+        ),
+        "running_tasks_forgotten": Bug(
+            "a new leader loads queued tasks only",
+            ((cluster_peer, "load_snapshot", _loading(_running_tasks_forgotten)),),
+        ),
+        "running_tasks_given_anew": Bug(
+            "a new leader dispatches what runs a second time",
+            ((cluster_peer, "load_snapshot", _loading(_running_tasks_given_anew)),),
+        ),
+        "attempt_kept": Bug(
+            "a re-queued task keeps its attempt's number", ((schedule, "schedule", _attempt_kept),)
+        ),
+        "dead_results_taken": Bug(
+            "any attempt's result is recorded", ((record, "report", _dead_results_taken),)
+        ),
+        "live_tasks_retired": Bug("retention takes live tasks, too", ((retain, "due", _live_tasks_retired),)),
+        "events_resumed_late": Bug(
+            "a reader misses an event at a failover",
+            ((routing.RoutedCluster, "_all_events", _events_resumed_late),),
+        ),
+        "events_resumed_early": Bug(
+            "a reader gets an event twice at a failover",
+            ((routing.RoutedCluster, "_all_events", _events_resumed_early),),
+        ),
+        "wakes_nobody": Bug("who waits for a beat is not woken", ((Leadership, "renewed", _wakes_nobody),)),
+        "session_kept_silent": Bug(
+            "a new leader is not told what runs here", ((Follower, "_begin", _session_kept_silent),)
+        ),
+    }
+)
 
 
 @contextmanager
@@ -19,8 +378,9 @@ def switched_on(bug: str) -> Iterator[None]:
         return
     if bug not in BUGS:
         raise SimulatorError(f"there is no bug `{bug}`")
-    before = [(where, name, getattr(where, name)) for where, name, _ in BUGS[bug]]
-    for where, name, instead in BUGS[bug]:
+    patches = BUGS[bug].patches
+    before = [(where, name, vars(where)[name]) for where, name, _ in patches]
+    for where, name, instead in patches:
         setattr(where, name, instead)
     try:
         yield

@@ -11,6 +11,7 @@ from typing import Any, Final
 import trio
 
 from peer.cluster_peer import ClusterPeer, Identity
+from peer.config import Alerts
 from peer.engines import Device
 from peer.errors import Fenced, StoreBroken
 from peer.executor import Executor
@@ -22,7 +23,6 @@ from peer.limits import (
 )
 from peer.link import wire
 from peer.ports import ReportSink
-from peer.config import Alerts
 from peer.state.model import Model
 from peer.state.order import Order
 from peer.state.snapshot import Policy
