@@ -14,7 +14,7 @@ from typing import Any, Final
 import trio
 from msgspec.structs import replace as changed
 
-from peer import cluster_peer, routing
+from peer import cluster_peer, establish, routing
 from peer.adapters.fenced_commits import FencedCommits
 from peer.decide import elect, record, retain, schedule
 from peer.decide.decision import Decision
@@ -180,7 +180,7 @@ async def _forgets_its_epoch(self: Executor, order: Any) -> None:
 
 # ---------------------------------------------------------------- new leaders
 
-_load_snapshot = cluster_peer.load_snapshot
+_load_snapshot = establish.load_snapshot
 
 
 def _loading(wrong: Callable[[Snapshot], None]) -> Any:

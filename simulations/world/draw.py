@@ -1,8 +1,10 @@
-"""Swarm testing: a seed draws how large the cluster is, which faults this run knows at all, and how often each occurs."""
+"""Swarm testing: a seed draws how large the cluster is, which faults a run knows at all, and how often each occurs."""
 
 from __future__ import annotations
 
 import random
+
+from msgspec.structs import replace
 
 from simulations.scenario import Fault, Scenario
 from simulations.world.faults import KINDS, kind
@@ -32,13 +34,7 @@ def draw(seed: int, *, hosts: int | None = None, fault_s: float | None = None) -
         upgraded=tuple(peer for peer in peers if rng.random() < 0.5) if rng.random() < 0.2 else (),
     )
     ops = draw_ops(rng, scenario, peers)
-    return _with(scenario, draw_faults(rng, scenario, peers), ops)
-
-
-def _with(scenario: Scenario, faults: tuple[Fault, ...], ops: object) -> Scenario:
-    from msgspec.structs import replace
-
-    return replace(scenario, faults=faults, ops=ops)
+    return replace(scenario, faults=draw_faults(rng, scenario, peers), ops=ops)
 
 
 def draw_faults(rng: random.Random, scenario: Scenario, peers: tuple[str, ...]) -> tuple[Fault, ...]:

@@ -32,7 +32,10 @@ WRONG: Final = get_args(Wrong)
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`targets`: peer, voter, pair, group, leader (whoever holds the key then), or none. `for_s`, `strength`: from, to."""
+    """`targets`: peer, worker (no voter), voter, engine, pair, group, leader (who holds the key then) or none.
+
+    `for_s` and `strength` are drawn between their two bounds.
+    """
 
     says: str
     targets: str
@@ -74,10 +77,10 @@ _DETAILS: Final[Mapping[str, Kind]] = MappingProxyType(
         "store_member_down": Kind("one member ends; its host goes on", "voter", (5, 40)),
         "store_fsync_error": Kind("one member's disk fails", "voter", (5, 40)),
         "store_member_frozen": Kind("one member answers nothing", "voter", (2, 20)),
-        "store_time_outs": Kind("strength: the chance of a write to time out, done, lost or done later", "none", (2, 30),
-                                (0.02, 0.3)),
-        "store_late_writes": Kind("strength: the chance of a write to time out and be applied later", "none", (2, 30),
-                                  (0.05, 0.5)),
+        "store_time_outs": Kind("strength: the chance of a write to time out: done, lost or done later", "none",
+                                (2, 30), (0.02, 0.3)),
+        "store_late_writes": Kind("strength: the chance of a write to time out and be applied later", "none",
+                                  (2, 30), (0.05, 0.5)),
         "store_slow": Kind("strength: calls take so many times as long", "none", (2, 30), (5, 150)),
         "store_compaction": Kind("all history is compacted", "none"),
         "store_no_space": Kind("the store refuses what puts", "none", (1, 10)),
