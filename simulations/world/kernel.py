@@ -41,6 +41,11 @@ _BUGS = _SIMULATIONS + "bugs/"  # defects for the product: what they raise is th
 _incarnation: ContextVar[Incarnation | None] = ContextVar("incarnation", default=None)
 
 
+def current_incarnation() -> Incarnation | None:
+    """Whose task this is; None: the world's own."""
+    return _incarnation.get()
+
+
 class Trace:
     """A hash over every line that was noted, and the last of the lines."""
 
