@@ -89,6 +89,7 @@ _DETAILS: Final[Mapping[str, Kind]] = MappingProxyType(
         "gossip_says_dead": Kind("a living peer is called failed", "peer", (3, 30)),
         "gossip_says_alive": Kind("a dead peer is called alive", "peer", (5, 60)),
         "gossip_flapping": Kind("a peer is called failed and alive in turn", "peer", (5, 40)),
+        "gossip_agent_dies": Kind("the agent ends; the peer goes on without it", "peer", (3, 30)),
         "engine_dies": Kind("an engine's process ends", "engine"),
         "engine_hangs": Kind("an engine reads and says nothing", "engine", (2, 60)),
         "engine_slow": Kind("strength: so many times as slow", "engine", (5, 60), (2, 20)),
@@ -378,6 +379,10 @@ class Injector:
 
     async def _gossip_flapping(self, fault: Fault, targets: tuple[str, ...]) -> None:
         self._gossip.flapping(targets[0], for_s=fault.for_s)
+
+    async def _gossip_agent_dies(self, fault: Fault, targets: tuple[str, ...]) -> None:
+        if self._hosts[targets[0]].up:
+            self._gossip.agent_dies(targets[0], for_s=fault.for_s)
 
     # ---------------------------------------------------------------- engines and devices
 

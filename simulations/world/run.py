@@ -8,20 +8,16 @@ from collections.abc import Callable
 
 import trio
 
-from peer.ports import LEADER_KEY
 from peer.state.order import LoadReplica, Order, UnloadReplica
 from simulations.bugs.world import switched_on
 from simulations.errors import InvariantViolated
 from simulations.outcome import CLUSTER, Mark, Outcome
 from simulations.scenario import Scenario
-from simulations.world.cards import catalogue, profile
 from simulations.world.durable import Durable
 from simulations.world.faults import Injector
-from simulations.world.gossip import SimGossip
-from simulations.world.host import Shared, SimHost
+from simulations.world.fleet import Fleet
+from simulations.world.host import SimHost
 from simulations.world.kernel import World, run_world
-from simulations.world.network import SimNetwork
-from simulations.world.store import EtcdModel
 from simulations.world.workload import Clients
 
 _LOOK_S = 0.1  # how often what can be seen from outside is checked
@@ -62,59 +58,25 @@ class Cluster:
         self.scenario = scenario
         self.checks: Counter[str] = Counter()
         self.sometimes: Counter[str] = Counter()
-        names = [f"h{number}" for number in range(1, scenario.hosts + 1)]
-        self.network = SimNetwork(world, world.rng("network"))
-        self.gossip = SimGossip(world, self.network, world.rng("gossip"))
-        self.store = EtcdModel(
-            names[: scenario.voters],
-            world.rng("store"),
-            reachable=self.network.links.is_open,
-            violated=world.violated,
-        )
+        self.fleet = Fleet(world, scenario, self._ordered)
+        self.hosts, self.store = self.fleet.hosts, self.fleet.store
         self.durable = Durable(world.now)
         self.store.on_applied.append(self._applied)
-        models = catalogue(scenario.models)
-        shared = Shared(world, self.store, self.network, self.gossip, models, profile(models))
-        self.hosts = {
-            name: SimHost(
-                shared,
-                name,
-                voter=name in names[: scenario.voters],
-                gpus=scenario.gpus,
-                on_order=self._ordered,
-            )
-            for name in names
-        }
-        for name in scenario.upgraded:
-            self.hosts[name].upgrade()
-        self.injector = Injector(world, self.hosts, self.network, self.gossip, self.store, self.leader)
-        self.clients = Clients(world, self._cluster_of, scenario, self.durable.acknowledged)
+        fleet = self.fleet
+        self.injector = Injector(
+            world, fleet.hosts, fleet.network, fleet.gossip, fleet.store, fleet.key_holder
+        )
+        self.clients = Clients(world, fleet.cluster_of, scenario, self.durable.acknowledged)
         self._epochs_obeyed: dict[tuple[str, int], int] = {}
         self._moved_at = 0.0  # the last load or unload
         self._leading: dict[tuple[str, int], float] = {}  # (peer, epoch): since
         self._led: list[Mark] = []
         self._ended_s = 0.0
 
-    def leader(self) -> str:
-        """Who holds the leader key now, "" for nobody."""
-        key = self.store.data.get(LEADER_KEY)
-        return key.value.decode().partition(" ")[0] if key is not None else ""
-
-    def _cluster_of(self, peer_id: str) -> object | None:
-        """What a client that asks this peer gets to; None: nobody answers there."""
-        host = self.hosts[peer_id]
-        if host.peer is None or not host.up or host.incarnation is None or host.incarnation.frozen:
-            return None
-        return host.peer.cluster
-
     # ---------------------------------------------------------------- the run
 
     async def run(self) -> None:
-        self.world.spawn(self.store.run)
-        absent = self.injector.absent_at_first(self.scenario.faults)
-        for name, host in self.hosts.items():
-            if name not in absent:
-                host.start()
+        self.fleet.start(self.injector.absent_at_first(self.scenario.faults))
         self.world.spawn(self._look)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.injector.run, self.scenario.faults, self.scenario.fault_s)
@@ -143,11 +105,7 @@ class Cluster:
     # ---------------------------------------------------------------- after the faults
 
     def _not_led(self) -> str:
-        leaders = [
-            name
-            for name, host in self.hosts.items()
-            if host.peer is not None and host.peer.leader is not None
-        ]
+        leaders = self.fleet.leaders()
         if len(leaders) != 1:
             return f"leaders: {', '.join(leaders) or 'none'}"
         lost = [
