@@ -15,8 +15,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
-from msgspec.structs import replace
-
 from simulations.errors import SimulatorError
 from simulations.outcome import Outcome
 from simulations.scenario import Scenario
@@ -92,10 +90,9 @@ def each_in_order(call: Callable[[A], R], items: Sequence[A], workers: int) -> I
         yield from _in_order(pool, call, items, workers * _AHEAD)
         done = True
     finally:
-        pool.shutdown(wait=done, cancel_futures=True)
-        if not done:
-            for process in multiprocessing.active_children():
-                process.terminate()
+        for process in multiprocessing.active_children() if not done else ():
+            process.terminate()  # before the wait, which would be for what they do
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def shrunk(failed: Outcome, level: Level, *, runs_max: int = RUNS_MAX, limit_s: float = LIMIT_S) -> Shrunk:
@@ -152,9 +149,13 @@ def hunt(what: Hunt) -> Hunted:
 
 def known_bugs(level: Level) -> list[str]:
     """Of the bank, those that this level can switch on."""
-    from simulations.bugs.bank import BUGS
+    if level == "world":
+        from simulations.bugs import world
 
-    return sorted(BUGS)
+        return sorted(world.BUGS)
+    from simulations.bugs import bank
+
+    return sorted(bank.BUGS)
 
 
 def cores() -> int:
@@ -192,14 +193,8 @@ def _world(job: Job) -> Outcome:
     from simulations.world.draw import draw
     from simulations.world.run import run
 
-    scenario = job.scenario
-    if scenario is None:
-        scenario = draw(job.seed, hosts=job.hosts)
-        if job.fault_s is not None:
-            scenario = replace(scenario, fault_s=job.fault_s)
-    outcome: Outcome = run(scenario, bug=job.bug)
-    outcome.bug = job.bug
-    return outcome
+    scenario = job.scenario or draw(job.seed, hosts=job.hosts, fault_s=job.fault_s)
+    return run(scenario, bug=job.bug)
 
 
 def _policy(job: Job) -> Outcome:

@@ -46,7 +46,7 @@ def timeline(outcome: Outcome, number: int) -> str:
         f'data-right="{WIDTH - RIGHT:g}">',
         f'<title id="t{number}">Timeline of seed {outcome.seed}</title>',
         f'<desc id="d{number}">{escape(_description(outcome, rows))}</desc>',
-        f'<clipPath id="c{number}"><rect x="{LEFT:g}" y="0" width="{WIDTH - LEFT - RIGHT:g}" '
+        f'<clipPath id="c{number}"><rect x="{LEFT - 10:g}" y="0" width="{WIDTH - LEFT - RIGHT + 20:g}" '
         f'height="{height:g}"/></clipPath>',
     ]
     parts += _row_labels(rows)

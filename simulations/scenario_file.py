@@ -35,7 +35,13 @@ OP_KINDS: Final = (
 _ABOUT_A_TASK: Final = frozenset({"get", "wait", "cancel"})
 _ABOUT_A_MODEL: Final = frozenset({"submit", "assign", "unload"})
 
-Kinds = Mapping[str, str]
+# What a fault needs as targets, by what its kind says of them: (how many at least, at the most).
+_TARGETS: Final[Mapping[str, tuple[int, int]]] = {
+    "peer": (1, 1), "engine": (1, 1), "worker": (1, 1), "voter": (1, 1), "pair": (2, 2), "group": (1, HOSTS_MAX),
+    "leader": (0, 0), "none": (0, 0),
+}  # fmt: skip
+
+Kinds = Mapping[str, str]  # of faults: the kind, and what it needs as targets
 
 
 def read_scenario(path: Path, kinds: Kinds | None = None) -> Scenario:
@@ -87,14 +93,13 @@ def parse_scenario(data: bytes, name: str, kinds: Kinds | None = None) -> Scenar
 
 def model_name(number: int) -> str:
     """What the world calls its models, from 0."""
-    return f"model-{number}"
+    return f"m{number}"
 
 
 def _world_kinds() -> Kinds:
-    from simulations.world.faults import KINDS
+    from simulations.world.faults import KINDS, kind
 
-    kinds: Kinds = KINDS
-    return kinds
+    return {name: kind(name).targets for name in KINDS}
 
 
 # ------------------------------------------------------------------------------------------------ a file's parts
@@ -130,6 +135,7 @@ class _File:
     def __init__(self, root: yaml.MappingNode, kinds: Kinds) -> None:
         known: dict[str, y.Parse] = {
             "hosts": y.whole(1, HOSTS_MAX),
+            "voters": y.whole(1, HOSTS_MAX),
             "gpus": y.whole(1, GPUS_MAX),
             "models": y.whole(1, MODELS_MAX),
             "duration": y.seconds(1.0, DURATION_S_MAX),
@@ -138,6 +144,7 @@ class _File:
         hosts, gpus = first.get("hosts", HOSTS_MAX), first.get("gpus", 2)
         self.peers = tuple(f"h{n}" for n in range(1, hosts + 1))
         self.workers = tuple(f"{peer}-gpu{n}" for peer in self.peers for n in range(gpus))
+        self.voters: int = first.get("voters", min(3, hosts))
         self.models: int = first.get("models", 3)
         self.model_names = tuple(model_name(n) for n in range(self.models))
         self.duration_s: float = first.get("duration", DURATION_S_MAX)
@@ -145,7 +152,6 @@ class _File:
         self.peer = partial(self._one, "peer", self.peers)
         self.worker = partial(self._one, "worker", self.workers)
         self.model = partial(self._one, "model", self.model_names)
-        self.target = partial(self._one, "peer or worker", (*self.peers, *self.workers))
         self.at = y.seconds(0.0, self.duration_s)
 
     @staticmethod
@@ -169,7 +175,7 @@ class _File:
             {
                 "at": self.at,
                 "kind": self.kind,
-                "targets": y.list_of(self.target, HOSTS_MAX),
+                "targets": y.list_of(self.peer, HOSTS_MAX),
                 "for": y.seconds(0.0, self.duration_s),
                 "strength": y.number(-1e9, 1e9),
             },
@@ -177,13 +183,28 @@ class _File:
         )
         if not {"at", "kind"} <= found.keys():
             return None  # a mistake that is noted
+        kind, targets = found["kind"], found.get("targets", ())
+        wrong = self._wrong_targets(kind, targets)
+        if wrong:
+            reader.mistake(node, f"{path}.targets", wrong)
         return Fault(
             at_s=found["at"],
-            kind=found["kind"],
-            targets=found.get("targets", ()),
+            kind=kind,
+            targets=targets,
             for_s=found.get("for", 0.0),
             strength=found.get("strength", 0.0),
         )
+
+    def _wrong_targets(self, kind: str, targets: tuple[str, ...]) -> str:
+        what = self.kinds[kind]
+        least, most = _TARGETS[what]
+        if least <= len(targets) <= most:
+            beyond = [each for each in targets if what == "voter" and each not in self.peers[: self.voters]]
+            return f"{', '.join(beyond)} is no voter; {self.voters} are: the first peers" if beyond else ""
+        if most == 0:
+            return f"`{kind}` needs none" + (": it strikes whoever leads then" if what == "leader" else "")
+        count = {(1, 1): "one peer", (2, 2): "two peers, from and to"}.get((least, most), "peers")
+        return f"`{kind}` needs {count}"
 
     def load(self, reader: y.Reader, node: yaml.Node, path: str) -> _Load:
         found = reader.fields(

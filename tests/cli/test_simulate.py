@@ -33,7 +33,7 @@ def scenario(seed: int) -> Scenario:
             Fault(at_s=float(i), kind="power_loss", targets=(f"h{i % 5 + 1}",), for_s=4.0) for i in range(20)
         ),
         ops=(
-            Op(at_s=1.0, kind="submit", peer="h1", model="model-0", tokens=8, key="once"),
+            Op(at_s=1.0, kind="submit", peer="h1", model="m0", tokens=8, key="once"),
             Op(at_s=2.0, kind="cancel", peer="h2", task=0),
         ),
     )
@@ -136,7 +136,7 @@ def test_a_scenario_from_a_file(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
         return stand_in(job)
 
     monkeypatch.setattr(campaign, "_run", remember)
-    monkeypatch.setattr("simulations.scenario_file._world_kinds", lambda: {"power_loss": "off"})
+    monkeypatch.setattr("simulations.scenario_file._world_kinds", lambda: {"power_loss": "peer"})
     file = tmp_path / "day.yaml"
     file.write_text("hosts: 3\nseed: 4\nduration: 30s\nfaults:\n- {at: 9s, kind: power_loss, targets: h1}\n")
     fixed = Scenario(

@@ -31,7 +31,7 @@ def made_up(hosts: int = 5, seed: int = 17, marks: int = 200, failing: bool = Tr
         hosts=hosts,
         fault_s=90.0,
         faults=(Fault(at_s=20.0, kind="power_loss", targets=("h1",), for_s=15.0),),
-        ops=(Op(at_s=19.0, kind="submit", peer="h2", model="model-0", tokens=8),),
+        ops=(Op(at_s=19.0, kind="submit", peer="h2", model="m0", tokens=8),),
     )
     outcome = Outcome(scenario, virtual_s=140.0, real_s=1.2, steps=12_000, trace_hash="ab" * 16)
     timeline = [

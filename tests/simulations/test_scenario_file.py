@@ -14,7 +14,10 @@ from peer.version import VERSION
 from simulations.scenario import Fault, Op, Scenario
 from simulations.scenario_file import Trace, parse_scenario, read_scenario, read_trace, write_trace
 
-KINDS = {"power_loss": "the host is off", "partition": "cut off", "slow_disk": "late"}
+KINDS = {
+    "power_loss": "peer", "partition": "group", "slow_disk": "peer", "link_cut": "pair", "crash_leader": "leader",
+    "store_slow": "none", "store_member_down": "voter",
+}  # fmt: skip
 
 
 def parsed(text: str) -> Scenario:
@@ -46,7 +49,7 @@ def test_everything_that_a_file_may_say() -> None:
             strength: 0.5
         ops:
           - {at: 5s, kind: get, peer: h2, task: first}
-          - {at: 2, kind: submit, peer: h1, name: first, model: model-1, tokens: 8, key: k, vanish: 3s}
+          - {at: 2, kind: submit, peer: h1, name: first, model: m1, tokens: 8, key: k, vanish: 3s}
           - {at: 9s, kind: restart, peer: h1, worker: h3-gpu0}
         """
     )
@@ -61,7 +64,7 @@ def test_everything_that_a_file_may_say() -> None:
             Fault(at_s=60.0, kind="partition", targets=("h1", "h2"), for_s=0.5),
         ),
         ops=(
-            Op(at_s=2.0, kind="submit", peer="h1", model="model-1", tokens=8, key="k", vanish_s=3.0),
+            Op(at_s=2.0, kind="submit", peer="h1", model="m1", tokens=8, key="k", vanish_s=3.0),
             Op(at_s=5.0, kind="get", peer="h2", task=0),
             Op(at_s=9.0, kind="restart", peer="h1", worker="h3-gpu0"),
         ),
@@ -79,7 +82,7 @@ def test_a_load_arrives_as_the_seed_decides() -> None:
         seed: {seed}
         duration: 100s
         load:
-          - {{rate: 2, from: 10s, until: 60s, cancel: 0.3, models: model-0, peers: [h2, h3], tokens: 5}}
+          - {{rate: 2, from: 10s, until: 60s, cancel: 0.3, models: m0, peers: [h2, h3], tokens: 5}}
           - {{rate: 0}}
     """
     first = parsed(text.format(seed=1))
@@ -91,11 +94,28 @@ def test_a_load_arrives_as_the_seed_decides() -> None:
     assert 0 < len(cancels) < len(submits) / 2
     assert list(first.ops) == sorted(first.ops, key=lambda op: op.at_s)
     assert {op.peer for op in first.ops} == {"h2", "h3"}
-    assert {(op.model, op.tokens) for op in submits} == {("model-0", 5)}
+    assert {(op.model, op.tokens) for op in submits} == {("m0", 5)}
     assert all(10 <= op.at_s < 60 for op in submits)
     for op in cancels:
         assert first.ops[op.task].kind == "submit"
         assert 0 < op.at_s - first.ops[op.task].at_s <= 5.001
+
+
+@pytest.mark.parametrize(
+    ("fault", "wrong"),
+    [
+        ("kind: power_loss", "`power_loss` needs one peer"),
+        ("kind: power_loss, targets: [h1, h2]", "`power_loss` needs one peer"),
+        ("kind: link_cut, targets: h1", "`link_cut` needs two peers, from and to"),
+        ("kind: partition", "`partition` needs peers"),
+        ("kind: crash_leader, targets: h1", "`crash_leader` needs none: it strikes whoever leads then"),
+        ("kind: store_slow, targets: h1", "`store_slow` needs none"),
+        ("kind: store_member_down, targets: h4", "h4 is no voter; 3 are: the first peers"),
+    ],
+)
+def test_a_fault_needs_its_targets(fault: str, wrong: str) -> None:
+    found = mistakes(f"hosts: 5\nduration: 9s\nfaults:\n- {{at: 1s, {fault}}}\n")
+    assert found == [f"day.yaml:4: `faults[1].targets`: {wrong}"]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +134,7 @@ def test_a_load_arrives_as_the_seed_decides() -> None:
         (
             "hosts: 3\nduration: 9s\nfaults:\n- {at: 1s, kind: power_lost}",
             "day.yaml:4: `faults[1].kind`: there is no fault `power_lost`; did you mean `power_loss`?; "
-            "known: partition, power_loss, slow_disk",
+            "known: crash_leader, link_cut, partition, power_loss, slow_disk, store_member_down, store_slow",
         ),
         (
             "hosts: 3\nduration: 9s\nfaults:\n- kind: partition\n  at: 10s",
@@ -122,7 +142,7 @@ def test_a_load_arrives_as_the_seed_decides() -> None:
         ),
         (
             "hosts: 3\nduration: 9s\nfaults:\n- kind: partition\n  at: 1s\n  targets: [h1, h4]",
-            "day.yaml:6: `faults[1].targets[2]`: there is no peer or worker `h4` (h1 to h3-gpu1)",
+            "day.yaml:6: `faults[1].targets[2]`: there is no peer `h4` (h1 to h3)",
         ),
         (
             "hosts: 3\nduration: 9s\nfaults:\n- kind: partition\n  att: 1s",
@@ -138,7 +158,7 @@ def test_a_load_arrives_as_the_seed_decides() -> None:
             "unload, rebalance, restart, not `sumbit`; did you mean `submit`?",
         ),
         (
-            "hosts: 3\nduration: 9s\nops:\n- {at: 1s, kind: submit, peer: h1, model: model-0, name: one}\n"
+            "hosts: 3\nduration: 9s\nops:\n- {at: 1s, kind: submit, peer: h1, model: m0, name: one}\n"
             "- {at: 2s, kind: get, peer: h1, task: onne}",
             "day.yaml:5: `ops[2].task`: no submission is named `onne`; did you mean `one`?",
         ),
