@@ -9,11 +9,13 @@ from pathlib import Path
 import msgspec
 import pytest
 
+import simulations as scenarios
 from peer.errors import ConfigError
 from peer.version import VERSION
 from simulations.scenario import Fault, Op, Scenario
 from simulations.scenario_file import Trace, parse_scenario, read_scenario, read_trace, write_trace
 
+SHIPPED = Path(scenarios.__file__).with_name("scenarios")
 KINDS = {
     "power_loss": "peer", "partition": "group", "slow_disk": "peer", "link_cut": "pair", "crash_leader": "leader",
     "store_slow": "none", "store_member_down": "voter",
@@ -227,3 +229,10 @@ def test_a_trace_with_a_part_that_is_wrong_names_it(tmp_path: Path) -> None:
     path.write_text(json.dumps(built))
     with pytest.raises(ConfigError, match=r"Expected `int`, got `str` - at `\$\.scenario\.hosts`"):
         read_trace(path)
+
+
+@pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_scenarios_that_come_with_it_are_right(path: Path) -> None:
+    scenario = read_scenario(path)
+    assert scenario.faults
+    assert any(op.kind == "submit" for op in scenario.ops)
