@@ -74,7 +74,7 @@ class ClusterPeer:
         self._entropy = entropy
         self._streams = StreamHub(clock)
         self.executor = executor(self, self._streams)
-        self.membership = Membership(gossip, clock, self._rumour)
+        self.membership = Membership(identity.peer_id, gossip, clock, self._rumour)
         self.follower = Follower(
             identity.peer_id,
             network,

@@ -19,12 +19,12 @@ log = structlog.get_logger("membership")
 class Membership:
     """`rumour(member)` hears of each change of a member's status."""
 
-    def __init__(self, gossip: Gossip, clock: Clock, rumour: Callable[[Member], None]) -> None:
+    def __init__(self, peer_id: str, gossip: Gossip, clock: Clock, rumour: Callable[[Member], None]) -> None:
+        self._peer_id = peer_id
         self._gossip = gossip
         self._clock = clock
         self._rumour = rumour
         self._tags: dict[str, str] = {}
-        self._tags_set: dict[str, str] = {}
         self.members: Mapping[str, Member] = MappingProxyType({})
 
     def announce(self, tags: dict[str, str]) -> None:
@@ -41,11 +41,10 @@ class Membership:
             await self._clock.sleep(limits.GOSSIP_POLL_S)
 
     async def _poll(self) -> None:
-        tags = self._tags
-        if tags != self._tags_set:
-            await self._gossip.set_tags(tags)
-            self._tags_set = tags
         after = {member.peer_id: member for member in await self._gossip.members()}
+        tags, mine = self._tags, after.get(self._peer_id)
+        if mine is None or mine.tags != tags:  # changed here, or lost by an agent that started anew
+            await self._gossip.set_tags(tags)
         changes = members.changes(self.members, after)
         self.members = MappingProxyType(after)
         for member in changes:

@@ -50,7 +50,7 @@ _DETAILS: Final[Mapping[str, Kind]] = MappingProxyType(
         "crash_leader": Kind("the same to whoever leads then", "leader", (1, 20), mark="down"),
         "power_loss": Kind("the whole host is gone, its store member too", "peer", (5, 40), mark="down"),
         "lost_disk": Kind("power loss, and a new disk: epoch and model files are gone", "peer", (5, 30), mark="down"),
-        "freeze": Kind("SIGSTOP; strength 1: the store member too (suspend)", "peer", (0.5, 12), (0, 1), "frozen"),
+        "freeze": Kind("SIGSTOP of the process; strength from 0.5: of the whole host", "peer", (0.5, 12), (0, 1), "frozen"),
         "freeze_leader": Kind("the same to whoever leads then", "leader", (1, 12), (0, 1), "frozen"),
         "stop": Kind("a polite stop (drain, leave), and a start after the time", "peer", (1, 20), mark="down"),
         "stop_leader": Kind("the same to whoever leads then", "leader", (1, 20), mark="down"),
@@ -235,12 +235,13 @@ class Injector:
         incarnation = host.incarnation
         if incarnation is None or not incarnation.alive:
             return
-        suspended = host.voter and fault.strength >= 0.5
         incarnation.freeze_for(fault.for_s, "stopped")
-        if suspended:
+        if fault.strength < 0.5:
+            return
+        self._network.isolate(host.peer_id, for_s=fault.for_s)
+        if host.voter:
             self._store.member_frozen(host.peer_id, True)
-        await trio.sleep(fault.for_s)
-        if suspended:
+            await trio.sleep(fault.for_s)
             self._store.member_frozen(host.peer_id, False)
 
     async def _stop(self, fault: Fault, targets: tuple[str, ...]) -> None:
