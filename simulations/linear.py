@@ -18,7 +18,8 @@ queued(1) by a requeue, running(2), ...: attempts only grow, and each is begun o
 become completed or failed unseen; cancelled only by a cancel. What is not known yet of a terminal state (its attempt,
 its result) is fixed by the first answer that shows it.
 
-Not modelled: tasks forgotten by retention. Pure: no trio, no time.
+A peer may itself repeat a submit that has a key, so one that is answered with "an earlier task" may have made that
+task by itself. Not modelled: tasks forgotten by retention. Pure: no trio, no time.
 """
 
 from __future__ import annotations
@@ -145,9 +146,10 @@ def apply(state: State, operation: Operation) -> State | None:
     if outcome is None:
         return _unanswered(state, operation.kind)
     if operation.kind == "submit":
-        if outcome.replayed != (state is not ABSENT):
+        made = state is ABSENT and (not outcome.replayed or operation.argument != "")
+        if not made and (state is ABSENT or not outcome.replayed):
             return None
-        return _see(state if outcome.replayed else BORN, outcome, whole=True)
+        return _see(BORN if made else state, outcome, whole=True)
     if outcome.status == "missing":
         return state if state is ABSENT else None
     if state is ABSENT:

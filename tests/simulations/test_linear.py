@@ -29,13 +29,14 @@ def op(
     result: str | None = None,
     *,
     task: str = "t",
+    argument: str = "t",
     **more: Any,
 ) -> Operation:
     outcome = None
     if returned is not None:
         more.setdefault("task_id", "t" if kind == "submit" else "")
         outcome = Outcome(status=status, attempt=attempt, result=result, **more)
-    return Operation("c", task, kind, task, invoked, returned, outcome)
+    return Operation("c", task, kind, argument, invoked, returned, outcome)
 
 
 BORN = op("submit", 0, 1, "queued")
@@ -44,6 +45,7 @@ DONE = op("get", 4, 5, "completed", 1, "r")
 ACCEPTED = {
     "nothing": [],
     "a life": [BORN, op("get", 2, 3, "running", 1), DONE, op("get", 6, 7, "completed", 1, "r")],
+    "repeated by the peer that was asked": [op("submit", 0, 1, "queued", replayed=True)],
     "a requeue": [
         BORN,
         op("get", 2, 3, "running", 1),
@@ -149,7 +151,7 @@ REFUSED = {
         op("get", 4, 5, "queued"),
     ],
     "made twice": [BORN, op("submit", 2, 3, "queued")],
-    "replayed, but never made": [op("submit", 0, 1, "queued", replayed=True)],
+    "replayed, but never made": [op("submit", 0, 1, "queued", replayed=True, argument="")],
     "two ids of a key": [BORN, op("submit", 2, 3, "queued", replayed=True, task_id="other")],
     "two made of a key at once": [
         op("submit", 0, 3, "queued"),
@@ -285,8 +287,6 @@ def step(state: Concrete, operation: Operation) -> Concrete | None:
         if kind == "submit":
             return ("queued", 0, "") if state == NONE else state
         return ("cancelled", state[1], "") if kind == "cancel" and live else state
-    if kind == "submit":
-        return state if state != NONE and outcome.replayed and shows(state, outcome, True) else None
     if outcome.status == "missing" or state == NONE:
         return state if outcome.status == "missing" and state == NONE else None
     if kind == "cancel":
@@ -300,11 +300,10 @@ def step(state: Concrete, operation: Operation) -> Concrete | None:
 def explained(order: tuple[Operation, ...], results: list[str], attempts: int) -> bool:
     states = {NONE}
     for operation in order:
-        made = operation.kind == "submit" and operation.outcome is not None and not operation.outcome.replayed
-        if made:
-            assert operation.outcome is not None
+        if operation.kind == "submit" and operation.outcome is not None:
             born = closure({("queued", 0, "")}, results, attempts) if NONE in states else set()
-            states = {state for state in born if shows(state, operation.outcome, True)}
+            there = states - {NONE} if operation.outcome.replayed else set()
+            states = {state for state in born | there if shows(state, operation.outcome, True)}
         else:
             states = {after for state in states if (after := step(state, operation)) is not None}
         states = closure(states, results, attempts)
@@ -405,8 +404,10 @@ def test_it_agrees_with_trying_every_order(history: list[Operation]) -> None:
 
 MUTATIONS = {
     "one id of a key": ("violation = _two_ids(task, operations) or _search(", "violation = _search("),
-    "replayed or not": ("if outcome.replayed != (state is not ABSENT):", "if False:"),
-    "born queued": ("return _see(state if outcome.replayed else BORN, outcome, whole=True)", "return BORN"),
+    "made twice": ("(state is ABSENT or not outcome.replayed)", "state is ABSENT"),
+    "replayed without a key": ('(not outcome.replayed or operation.argument != "")', "True"),
+    "repeated by the peer": ('(not outcome.replayed or operation.argument != "")', "not outcome.replayed"),
+    "what a submit shows": ("return _see(BORN if made else state, outcome, whole=True)", "return BORN"),
     "missing only before": ("return state if state is ABSENT else None", "return state"),
     "nothing before the submit": (
         "    if state is ABSENT:\n        return None\n    if operation.kind",
