@@ -218,19 +218,20 @@ class EtcdModel(EtcdData):
         while True:
             self._settle()
             now = trio.current_time()
+            deadline = now + TICK_S
             if self._leader and self._cut_since is None:
                 before = self.revision
                 self.expire(now)
                 self._publish(before)
+                deadline = min(deadline, self.next_expiry())
             while self._requests and self._requests[0][0] <= now:
                 self._arrive(*heapq.heappop(self._requests)[2:], now)
             self.changed.unpark_all()
             self.published.unpark_all()
-            deadline = min(now + TICK_S, max(self.next_expiry(), now + 0.001))
             if self._requests:
                 deadline = min(deadline, self._requests[0][0])
             if self._candidate:
-                deadline = min(deadline, max(self._elected_at, now + 0.001))
+                deadline = min(deadline, self._elected_at)
             with trio.CancelScope(deadline=deadline) as self._nap:
                 await trio.sleep_forever()
 

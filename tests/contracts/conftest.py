@@ -1,9 +1,10 @@
-"""The SQLite store for the contract suite and its own tests."""
+"""The SQLite store for the contract suite and its own tests; virtual time for classes with `virtual_time`."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -75,3 +76,14 @@ async def store(store_factory: SqliteFactory, nursery: trio.Nursery) -> AsyncIte
     store = await store_factory.open(nursery)
     yield store
     await store.aclose()
+
+
+def run_virtually(fn: Any, *, clock: Any = None, instruments: Any = ()) -> Any:
+    """pytest-trio takes a clock from a test's own arguments alone, which those of a suite do not have."""
+    return trio.run(fn, clock=clock or trio.testing.MockClock(autojump_threshold=0), instruments=instruments)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if getattr(getattr(item, "cls", None), "virtual_time", False):
+            item.add_marker(pytest.mark.trio(run=run_virtually), append=False)  # before pytest-trio's own

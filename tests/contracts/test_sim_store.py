@@ -12,7 +12,8 @@ from peer.errors import Compacted
 from peer.ports import Put, Store
 from simulations.world.etcd import HISTORY_MAX
 from simulations.world.store import EtcdModel, SimStore
-from tests.contracts.store import StoreContract, StoreFactory, put
+from tests.contracts.model import put
+from tests.contracts.store import StoreContract, StoreFactory
 
 
 class Alive:
@@ -57,8 +58,10 @@ class SimFactory(StoreFactory):
 class TestSimStore(StoreContract):
     """The contract."""
 
+    virtual_time = True  # see conftest
+
     @pytest.fixture
-    def store_factory(self, autojump_clock: Any) -> SimFactory:
+    def store_factory(self) -> SimFactory:
         return SimFactory()
 
 
