@@ -1,12 +1,12 @@
-"""How many tokens a prompt is, from a model file's header alone: the model need not be loaded."""
+"""How many tokens a prompt is, from a model's headers and tokenizer alone: the model need not be loaded."""
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
 
-from engine import gguf, tokenizer
 from engine.chat import prompt_tokens
+from engine.checkpoint import open_checkpoint, tokenizer_file, vocabulary_of
 from engine.errors import EngineError
 from engine.protocol import CountTokens, TokenCount
 from engine.tokenizer import Vocabulary
@@ -30,10 +30,10 @@ class Counter:
         return TokenCount(request_id=message.request_id, tokens=tokens, context=vocabulary.context_max)
 
     def _vocabulary(self, path: str) -> Vocabulary:
-        found = os.stat(path)
+        found = os.stat(tokenizer_file(path))
         key = (path, found.st_mtime_ns, found.st_size)
         if key not in self._kept:
-            self._kept[key] = tokenizer.from_gguf(gguf.read(path))
+            self._kept[key] = vocabulary_of(open_checkpoint(path))
             if len(self._kept) > VOCABULARIES_MAX:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)

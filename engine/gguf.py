@@ -10,7 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ KEYS_MAX = 65_536
 DIMENSIONS_MAX = 4
 ARRAY_NESTING_MAX = 2
 ELEMENTS_MAX = 1 << 40
+SMALL_MAX = 4096  # elements
 
 _SCALARS = {
     0: "B",
@@ -62,13 +63,14 @@ TYPES: dict[int, tuple[str, int, int]] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies. `shape` is in row-major order (the file has it reversed)."""
+    """Where a tensor lies. `shape` is in row-major order (a GGUF file has it reversed)."""
 
     name: str
     shape: tuple[int, ...]
     kind: int  # ggml type
     offset: int  # from the start of the file
     size: int  # bytes
+    file: Path
 
     @property
     def elements(self) -> int:
@@ -98,6 +100,15 @@ class Gguf:
     def integer(self, key: str, default: int | None = None) -> int:
         """An integer. Raises LoadError when it is absent without a default or is none."""
         return int(self._value(key, int, default))
+
+    def floats(self, name: str) -> tuple[float, ...]:
+        """A small tensor's values, such as rotary factors. Raises LoadError unless it is a short row of float32."""
+        info = self.tensors[name]
+        if info.kind != 0 or len(info.shape) != 1 or info.elements > SMALL_MAX:
+            raise bad_file(self.path, f"tensor {name!r} is no short row of F32")
+        with self.path.open("rb") as file:
+            file.seek(info.offset)
+            return struct.unpack(f"<{info.elements}f", file.read(info.size))
 
     def _value(self, key: str, kind: type | tuple[type, ...], default: Any) -> Any:
         value = self.metadata.get(key, default)
@@ -199,7 +210,7 @@ def _tensor_info(reader: _Reader) -> TensorInfo:
         raise bad_file(reader.path, f"tensor {name!r} has {dimensions} dimensions")
     shape = tuple(reader.scalar("<Q") for _ in range(dimensions))[::-1]
     kind, offset = reader.scalar("<I"), reader.scalar("<Q")
-    return TensorInfo(name, shape, kind, offset, 0)
+    return TensorInfo(name, shape, kind, offset, 0, reader.path)
 
 
 def _place(reader: _Reader, info: TensorInfo, start: int) -> TensorInfo:
@@ -218,4 +229,4 @@ def _place(reader: _Reader, info: TensorInfo, start: int) -> TensorInfo:
         end = start + info.offset + size
         what = f"tensor {info.name!r} ends at byte {end} and the file at {reader.size}: it is truncated"
         raise bad_file(reader.path, what)
-    return TensorInfo(info.name, info.shape, info.kind, start + info.offset, size)
+    return replace(info, offset=start + info.offset, size=size)

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from tinygrad.uop.ops import UOp
 
 from engine.batching import Row
-from engine.models.llama import Llama
+from engine.models.decoder import Decoder
 from engine.recording import recording
 from engine.weights import fill, upload
 
@@ -39,13 +39,13 @@ def cache_length(context: int) -> int:
 class _Bucket:
     """Fixed input buffers and the graph that reads them. R rows, logits of L of them."""
 
-    def __init__(self, model: Llama, rows: int, wanted: int) -> None:
+    def __init__(self, model: Decoder, rows: int, wanted: int) -> None:
         self._rows, self._wanted = rows, wanted
         self._spare = model.length - 1
         half = model.config.width // 2
         tokens, slots, positions = (upload(np.zeros(rows, dtype=np.int32)) for _ in range(3))
         self._ints = tokens, slots, positions
-        self._angles = upload(np.zeros((2, rows, half), dtype=np.float32))
+        self._angles = [upload(np.zeros((2, rows, half), dtype=np.float32)) for _ in model.config.ropes]
         self._want = upload(np.zeros(wanted, dtype=np.int32))
         self._model = model
         self._length = UOp.variable("length", 1, model.length)
@@ -62,7 +62,8 @@ class _Bucket:
         want[: len(wanted)] = wanted
         for tensor, values in zip(self._ints, table, strict=True):
             fill(tensor, values)
-        fill(self._angles, self._model.angles(table[2]))
+        for tensor, angles in zip(self._angles, self._model.angles(table[2]), strict=True):
+            fill(tensor, angles)
         fill(self._want, want)
         length = max((row.position for row in rows), default=0) + 1
         logits: npt.NDArray[np.float32] = self._graph([], {self._length.expr: length}).numpy()
@@ -75,7 +76,7 @@ class _Bucket:
 class GraphedModel:
     """A `StepModel` over captured graphs."""
 
-    def __init__(self, model: Llama, slots: int, context: int, on_cpu: bool) -> None:
+    def __init__(self, model: Decoder, slots: int, context: int, on_cpu: bool) -> None:
         self.slots, self.context = slots, context
         self._model = model
         self.sizes = bucket_sizes(slots, on_cpu)

@@ -9,6 +9,8 @@ Shapes: R rows, I inputs, O outputs, H query heads, G key/value heads, D head di
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tinygrad import Tensor, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
@@ -16,10 +18,11 @@ from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 from engine.recording import call
 
 LOG2_E = 1.4426950408889634
+GELU_FACTOR = 1.5957691216057308  # 2 sqrt(2 / pi)
 THREADED_MACS_MIN = 4_000_000  # below it, waking the second core costs more than it saves
 
 
-def _sum(value: UOp, over: UOp) -> UOp:
+def summed(value: UOp, over: UOp) -> UOp:
     return value.reduce(over, arg=Ops.ADD)
 
 
@@ -27,7 +30,7 @@ def _on_cpu(tensor: Tensor) -> bool:
     return str(tensor.device).split(":")[0] == "CPU"
 
 
-def _as_written(tensor: Tensor) -> tuple[Opt, ...] | None:
+def as_written(tensor: Tensor) -> tuple[Opt, ...] | None:
     """On the CPU the loops stay as they are, for LLVM to vectorise; a GPU's need tinygrad's own heuristics."""
     return () if _on_cpu(tensor) else None
 
@@ -46,7 +49,8 @@ def _cpu_matmul_opts(rows: int, outputs: int, inputs: int, threads: int) -> tupl
     outputs_axis = 0
     if rows > 1:
         block = _divisor(rows, (8, 4, 2))
-        opts.append(Opt(OptOps.UPCAST, 0, block))
+        if block > 1:
+            opts.append(Opt(OptOps.UPCAST, 0, block))
         outputs_axis = 1 if rows > block else 0
         if outputs % 2 == 0 and rows >= 8:
             opts.append(Opt(OptOps.UPCAST, outputs_axis, 2))
@@ -61,22 +65,28 @@ def matmul(
     weight: Tensor,
     *,
     scale: Tensor | None = None,
+    bias: Tensor | None = None,
     residual: Tensor | None = None,
     threads: int = 1,
 ) -> Tensor:
-    """`scale[r] * (x @ weight.T) + residual`: x [R, I], weight [O, I], scale [R], residual [R, O] -> [R, O]."""
+    """`scale[r] * (x @ weight.T) + bias + residual`.
+
+    x [R, I], weight [O, I], scale [R], bias [O], residual [R, O] -> [R, O].
+    """
     rows, inputs = x.shape
     outputs = weight.shape[0]
-    extras = [tensor for tensor in (scale, residual) if tensor is not None]
+    extras = [tensor for tensor in (scale, bias, residual) if tensor is not None]
     opts = _cpu_matmul_opts(rows, outputs, inputs, threads) if _on_cpu(x) else None
 
     def kernel(out: UOp, x: UOp, weight: UOp, *more: UOp) -> UOp:
         r, o = UOp.range(rows, 0), UOp.range(outputs, 1)
         i = UOp.range(inputs, 2, axis_type=AxisType.REDUCE)
-        value = _sum(x[r, i] * weight[o, i].cast(dtypes.float32), i)
+        value = summed(x[r, i] * weight[o, i].cast(dtypes.float32), i)
         left = list(more)
         if scale is not None:
             value = value * left.pop(0)[r]
+        if bias is not None:
+            value = value + left.pop(0)[o]
         if residual is not None:
             value = value + left.pop(0)[r, o]
         info = KernelInfo(name=f"matmul_{rows}_{outputs}_{inputs}", opts_to_apply=opts)
@@ -86,43 +96,85 @@ def matmul(
     return call(kernel, out, x, weight, *extras)
 
 
-def gather_rows(table: Tensor, indices: Tensor) -> Tensor:
+def gather_rows(table: Tensor, indices: Tensor, factor: float = 1.0) -> Tensor:
     """table [N, I], indices [R] -> float32 [R, I]: embedding look-up without a one-hot product."""
     rows, inputs = indices.shape[0], table.shape[1]
 
     def kernel(out: UOp, table: UOp, indices: UOp) -> UOp:
         r, i = UOp.range(rows, 0), UOp.range(inputs, 1)
-        value = table[_index(indices[r], table.shape[0]), i].cast(dtypes.float32)
+        value = table[held(indices[r], table.shape[0]), i].cast(dtypes.float32)
+        value = value if factor == 1.0 else value * factor
         return out[r, i].store(value).end(r, i).sink(arg=KernelInfo(name=f"gather_{rows}_{inputs}"))
 
     out = Tensor.empty(rows, inputs, dtype=dtypes.float32, device=table.device)
     return call(kernel, out, table, indices)
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """How a head's elements are paired for rotary positions."""
+
+    halves: bool = (
+        False  # pairs (j, j + rotated / 2), as in Hugging Face's weights; else neighbours (2 j, 2 j + 1)
+    )
+    rotated: int = 0  # elements that take part when not all do; the others pass, by cosine 1 and sine 0
+
+    def pair(self, j: UOp, width: int) -> tuple[UOp, UOp]:
+        """The two elements of pair `j` of `width / 2`."""
+        if not self.halves:
+            return 2 * j, 2 * j + 1
+        half = (self.rotated or width) // 2
+        if 2 * half == width:
+            return j, j + half
+        return (j < half).where(j, 2 * j), (j < half).where(j + half, 2 * j + 1)
+
+
+NEIGHBOURS = Rotation()
+
+
+@dataclass(frozen=True)
+class HeadNorm:
+    """RMSNorm of each query and key head before it is rotated: the inverse norms of a step, and the heads' weights."""
+
+    inverse: Tensor  # [R, H + G], see `inverse_head_norms`
+    weight: Tensor  # [D]
+
+
 def write_cache(
-    cache: Tensor, qkv: Tensor, angles: Tensor, slots: Tensor, positions: Tensor, heads: int
+    cache: Tensor,
+    qkv: Tensor,
+    angles: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    heads: int,
+    rotation: Rotation = NEIGHBOURS,
+    norm: HeadNorm | None = None,
 ) -> Tensor:
     """Rotate the keys of `qkv` and store keys and values at their slot and position. Returns the cache.
 
     cache [2, S, G, C, D]; qkv [R, (H + 2 G) D]; angles [2, R, D / 2] = cosines and sines; slots, positions [R].
-    Costs the same at any context length. Pairs are neighbours (2 j, 2 j + 1), as GGUF's llama layout has them.
+    Costs the same at any context length.
     """
     _, _, groups, _, width = cache.shape
     rows = qkv.shape[0]
     half = width // 2
-    opts = _as_written(cache)
+    opts = as_written(cache)
 
-    def kernel(cache: UOp, qkv: UOp, angles: UOp, slots: UOp, positions: UOp) -> UOp:
+    def kernel(cache: UOp, qkv: UOp, angles: UOp, slots: UOp, positions: UOp, *norms: UOp) -> UOp:
         r, g, j = UOp.range(rows, 0), UOp.range(groups, 1), UOp.range(half, 2)
-        slot, position = _index(slots[r], cache.shape[1]), _index(positions[r], cache.shape[3])
-        keys, values = (heads + g) * width + 2 * j, (heads + groups + g) * width + 2 * j
-        even, odd = qkv[r, keys], qkv[r, keys + 1]
+        slot, position = held(slots[r], cache.shape[1]), held(positions[r], cache.shape[3])
+        keys, values = (heads + g) * width, (heads + groups + g) * width
+        first, second = rotation.pair(j, width)
+        a, b = qkv[r, keys + first], qkv[r, keys + second]
+        if norms:
+            inverse, weight = norms
+            a, b = (x * inverse[r, heads + g] * weight[at] for x, at in ((a, first), (b, second)))
         cos, sin = angles[0, r, j], angles[1, r, j]
         stores = [
-            cache[0, slot, g, position, 2 * j].store((even * cos - odd * sin).cast(cache.dtype.base)),
-            cache[0, slot, g, position, 2 * j + 1].store((odd * cos + even * sin).cast(cache.dtype.base)),
-            cache[1, slot, g, position, 2 * j].store(qkv[r, values].cast(cache.dtype.base)),
-            cache[1, slot, g, position, 2 * j + 1].store(qkv[r, values + 1].cast(cache.dtype.base)),
+            cache[0, slot, g, position, first].store((a * cos - b * sin).cast(cache.dtype.base)),
+            cache[0, slot, g, position, second].store((b * cos + a * sin).cast(cache.dtype.base)),
+            cache[1, slot, g, position, first].store(qkv[r, values + first].cast(cache.dtype.base)),
+            cache[1, slot, g, position, second].store(qkv[r, values + second].cast(cache.dtype.base)),
         ]
         return (
             UOp.group(*stores)
@@ -130,53 +182,90 @@ def write_cache(
             .sink(arg=KernelInfo(name=f"write_cache_{rows}", opts_to_apply=opts))
         )
 
-    return call(kernel, cache, qkv, angles, slots, positions)
+    return call(kernel, cache, qkv, angles, slots, positions, *_norm_tensors(norm))
 
 
-def rotate_queries(qkv: Tensor, angles: Tensor, heads: int, width: int) -> Tensor:
-    """qkv [R, (H + 2 G) D], angles [2, R, D / 2] -> rotated queries [R, H, D], scaled by 1 / sqrt(D)."""
+def rotate_queries(
+    qkv: Tensor,
+    angles: Tensor,
+    heads: int,
+    width: int,
+    scale: float,
+    rotation: Rotation = NEIGHBOURS,
+    norm: HeadNorm | None = None,
+) -> Tensor:
+    """qkv [R, (H + 2 G) D], angles [2, R, D / 2] -> rotated queries [R, H, D] times `scale`."""
     rows = qkv.shape[0]
-    scale = width**-0.5
-    opts = _as_written(qkv)
 
-    def kernel(out: UOp, qkv: UOp, angles: UOp) -> UOp:
+    opts = as_written(qkv)
+
+    def kernel(out: UOp, qkv: UOp, angles: UOp, *norms: UOp) -> UOp:
         r, h, j = UOp.range(rows, 0), UOp.range(heads, 1), UOp.range(width // 2, 2)
-        even, odd = qkv[r, h * width + 2 * j], qkv[r, h * width + 2 * j + 1]
+        first, second = rotation.pair(j, width)
+        a, b = qkv[r, h * width + first], qkv[r, h * width + second]
+        if norms:
+            inverse, weight = norms
+            a, b = (x * inverse[r, h] * weight[at] for x, at in ((a, first), (b, second)))
         cos, sin = angles[0, r, j] * scale, angles[1, r, j] * scale
         stores = [
-            out[r, h, 2 * j].store(even * cos - odd * sin),
-            out[r, h, 2 * j + 1].store(odd * cos + even * sin),
+            out[r, h, first].store(a * cos - b * sin),
+            out[r, h, second].store(b * cos + a * sin),
         ]
         return UOp.group(*stores).end(r, h, j).sink(arg=KernelInfo(name=f"rotate_{rows}", opts_to_apply=opts))
 
     out = Tensor.empty(rows, heads, width, dtype=dtypes.float32, device=qkv.device)
-    return call(kernel, out, qkv, angles)
+    return call(kernel, out, qkv, angles, *_norm_tensors(norm))
 
 
-def attention(queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, length: UOp) -> Tensor:
-    """Causal attention of each row over its own slot's cache.
+def _norm_tensors(norm: HeadNorm | None) -> tuple[Tensor, ...]:
+    return () if norm is None else (norm.inverse, norm.weight)
+
+
+def inverse_head_norms(qkv: Tensor, heads: int, width: int, epsilon: float) -> Tensor:
+    """qkv [R, at least H D] -> 1 / root mean square of each of the first H heads, [R, H]."""
+    rows = qkv.shape[0]
+    opts = as_written(qkv)
+
+    def kernel(out: UOp, qkv: UOp) -> UOp:
+        r, h = UOp.range(rows, 0), UOp.range(heads, 1)
+        d = UOp.range(width, 2, axis_type=AxisType.REDUCE)
+        value = qkv[r, h * width + d]
+        mean = summed(value * value, d) * (1.0 / width) + epsilon
+        info = KernelInfo(name=f"head_norms_{rows}", opts_to_apply=opts)
+        return out[r, h].store(mean.alu(Ops.SQRT).alu(Ops.RECIPROCAL)).end(r, h).sink(arg=info)
+
+    return call(kernel, Tensor.empty(rows, heads, dtype=dtypes.float32, device=qkv.device), qkv)
+
+
+def attention(
+    queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, length: UOp, window: int = 0
+) -> Tensor:
+    """Causal attention of each row over its own slot's cache, or over the `window` positions that end at its own.
 
     queries [R, H, D] (rotated and scaled), cache [2, S, G, C, D], `length` a bound variable of at least
     max(positions) + 1: one graph serves every length. -> [R, H D].
     """
     rows, heads, width = queries.shape
-    scores = _scores(queries, cache, slots, positions, length)
+    scores = _scores(queries, cache, slots, positions, length, window)
     weights = _exponentials(scores, length)
     return _weighted_values(weights, cache, slots, length).reshape(rows, heads * width)
 
 
-def _scores(queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, length: UOp) -> Tensor:
-    """-> [R, H, C]; set up to `length`, minus infinity after a row's own position."""
+def _scores(
+    queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, length: UOp, window: int
+) -> Tensor:
+    """-> [R, H, C]; set up to `length`, minus infinity where a row may not look."""
     rows, heads, width = queries.shape
     share = heads // cache.shape[2]
-    opts = _as_written(cache)
+    opts = as_written(cache)
 
     def kernel(out: UOp, queries: UOp, cache: UOp, slots: UOp, positions: UOp) -> UOp:
         r, h, n = UOp.range(rows, 0), UOp.range(heads, 1), UOp.range(_unbound(length), 2)
         d = UOp.range(width, 3, axis_type=AxisType.REDUCE)
-        key = cache[0, _index(slots[r], cache.shape[1]), h // share, n, d].cast(dtypes.float32)
-        value = _sum(queries[r, h, d] * key, d)
-        seen = n <= positions[r].cast(dtypes.weakint)
+        key = cache[0, held(slots[r], cache.shape[1]), h // share, n, d].cast(dtypes.float32)
+        value = summed(queries[r, h, d] * key, d)
+        own = positions[r].cast(dtypes.weakint)
+        seen = (n <= own) & (own < n + window) if window else n <= own
         value = seen.where(value, UOp.const(dtypes.float32, float("-inf")))
         info = KernelInfo(name=f"scores_{rows}", opts_to_apply=opts)
         return out[r, h, n].store(value).end(r, h, n).sink(arg=info)
@@ -188,7 +277,7 @@ def _scores(queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, le
 def _exponentials(scores: Tensor, length: UOp) -> Tensor:
     """exp(score - highest score of its row and head), not yet divided by their sum: [R, H, C]."""
     rows, heads, _ = scores.shape
-    opts = _as_written(scores)
+    opts = as_written(scores)
 
     def highest(out: UOp, scores: UOp) -> UOp:
         r, h = UOp.range(rows, 0), UOp.range(heads, 1)
@@ -228,15 +317,15 @@ def _weighted_values(weights: Tensor, cache: Tensor, slots: Tensor, length: UOp)
     rows, heads, _ = weights.shape
     width = cache.shape[4]
     share = heads // cache.shape[2]
-    opts = _as_written(cache)
+    opts = as_written(cache)
     if _on_cpu(cache) and width % 16 == 0:
         opts = (Opt(OptOps.UPCAST, _axis(rows) + _axis(heads), 16),)
 
     def kernel(out: UOp, weights: UOp, cache: UOp, slots: UOp) -> UOp:
         r, h, d = UOp.range(rows, 0), UOp.range(heads, 1), UOp.range(width, 2)
         n = UOp.range(_unbound(length), 3, axis_type=AxisType.REDUCE)
-        value = cache[1, _index(slots[r], cache.shape[1]), h // share, n, d].cast(dtypes.float32)
-        total, part = _sum(weights[r, h, n] * value, n), _sum(weights[r, h, n], n)
+        value = cache[1, held(slots[r], cache.shape[1]), h // share, n, d].cast(dtypes.float32)
+        total, part = summed(weights[r, h, n] * value, n), summed(weights[r, h, n], n)
         info = KernelInfo(name=f"values_{rows}", opts_to_apply=opts)
         return out[r, h, d].store(total / part).end(r, h, d).sink(arg=info)
 
@@ -247,11 +336,11 @@ def _weighted_values(weights: Tensor, cache: Tensor, slots: Tensor, length: UOp)
 def inverse_norm(x: Tensor, epsilon: float) -> Tensor:
     """x [R, I] -> 1 / root mean square of each row, [R]. The norm's weights are folded into the next matrix."""
     rows, inputs = x.shape
-    opts = _as_written(x)
+    opts = as_written(x)
 
     def kernel(out: UOp, x: UOp) -> UOp:
         r, i = UOp.range(rows, 0), UOp.range(inputs, 1, axis_type=AxisType.REDUCE)
-        mean = _sum(x[r, i] * x[r, i], i) * (1.0 / inputs) + epsilon
+        mean = summed(x[r, i] * x[r, i], i) * (1.0 / inputs) + epsilon
         value = mean.alu(Ops.SQRT).alu(Ops.RECIPROCAL)
         return out[r].store(value).end(r).sink(arg=KernelInfo(name=f"norm_{rows}", opts_to_apply=opts))
 
@@ -271,15 +360,30 @@ def scale_columns(x: Tensor, by: Tensor) -> Tensor:
     return call(kernel, Tensor.empty(rows, inputs, dtype=dtypes.float32, device=x.device), x, by)
 
 
-def gated(x: Tensor) -> Tensor:
-    """x [R, 2 F] = gate and up side by side -> silu(gate) * up, [R, F]."""
+def add_normed(x: Tensor, out: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+    """`x + scale[r] * out * weight`: a normed result added to the stream. x, out [R, I], scale [R], weight [I]."""
+    rows, inputs = x.shape
+
+    def kernel(total: UOp, x: UOp, out: UOp, scale: UOp, weight: UOp) -> UOp:
+        r, i = UOp.range(rows, 0), UOp.range(inputs, 1)
+        value = x[r, i] + out[r, i] * scale[r] * weight[i]
+        return total[r, i].store(value).end(r, i).sink(arg=KernelInfo(name=f"add_normed_{rows}_{inputs}"))
+
+    total = Tensor.empty(rows, inputs, dtype=dtypes.float32, device=x.device)
+    return call(kernel, total, x, out, scale, weight)
+
+
+def gated(x: Tensor, gelu: bool = False) -> Tensor:
+    """x [R, 2 F] = gate and up side by side -> silu(gate) * up, or gelu(gate) * up (by tanh), [R, F]."""
     rows, twice = x.shape
     size = twice // 2
 
     def kernel(out: UOp, x: UOp) -> UOp:
         r, f = UOp.range(rows, 0), UOp.range(size, 1)
         gate, up = x[r, f], x[r, size + f]
-        value = gate * up * ((gate * -LOG2_E).alu(Ops.EXP2) + 1.0).alu(Ops.RECIPROCAL)
+        # (1 + tanh(z)) / 2 is the logistic function of 2 z
+        inner = (gate * gate * 0.044715 + 1.0) * gate * GELU_FACTOR if gelu else gate
+        value = gate * up * ((inner * -LOG2_E).alu(Ops.EXP2) + 1.0).alu(Ops.RECIPROCAL)
         return out[r, f].store(value).end(r, f).sink(arg=KernelInfo(name=f"gated_{rows}_{size}"))
 
     return call(kernel, Tensor.empty(rows, size, dtype=dtypes.float32, device=x.device), x)
@@ -290,7 +394,7 @@ def _axis(size: int) -> int:
     return 1 if size > 1 else 0
 
 
-def _index(value: UOp, size: int) -> UOp:
+def held(value: UOp, size: int) -> UOp:
     """A loaded index, held to [0, size): in bounds whatever it is, and without a modulo in every address."""
     return value.cast(dtypes.weakint).maximum(0).minimum(size - 1)
 

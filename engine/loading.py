@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from tinygrad import Device
 from tinygrad.helpers import CPU_COUNT, GlobalCounters
 
-from engine import gguf, tokenizer
 from engine.batching import Batcher
+from engine.checkpoint import open_checkpoint, vocabulary_of
 from engine.device import DeviceName, memory_available
 from engine.errors import LoadError
+from engine.gguf import Gguf, bad_file
 from engine.graphs import GraphedModel, bucket_sizes, cache_length
-from engine.models import check_family, llama
+from engine.models import check_family, read_config
+from engine.models.decoder import Decoder, DecoderConfig
 from engine.protocol import Load, Loaded, LoadProgress
 from engine.weights import Weights
 
@@ -44,24 +46,28 @@ def memory_used() -> int:
 def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: Progress) -> LoadedModel:
     """Read, check, upload, capture. Raises LoadError, after which the device holds nothing of the model."""
     began, before = time.monotonic(), memory_used()
-    header = gguf.read(load.path)
-    check_family(header, load.family)
-    vocabulary = tokenizer.from_gguf(header)
-    config = llama.read_config(header)
+    checkpoint = open_checkpoint(load.path)
+    family = check_family(checkpoint, load.family)
+    vocabulary = vocabulary_of(checkpoint)
     if slots < 1 or load.context < 2:
         raise LoadError("bad_parameters", f"{slots} slots of {load.context} tokens make no sense")
+    config = read_config(checkpoint, family, load.context)
     context = min(load.context, config.context_max)
+    if len(vocabulary.pieces) > config.vocabulary:
+        raise bad_file(
+            load.path, f"it has {len(vocabulary.pieces)} tokens and logits for {config.vocabulary}"
+        )
     on_cpu = name.kind == "CPU"
-    need = memory_needed(header, config, slots, context, on_cpu)
+    need = memory_needed(config, slots, context, on_cpu)
     check_memory(load.model, need, limit, memory_available(name))
-    progress(LoadProgress(model=load.model, stage="read", done=header.file_size, total=header.file_size))
+    size = checkpoint.file_size
+    progress(LoadProgress(model=load.model, stage="read", done=size, total=size))
     graphs: GraphedModel | None = None
     gc.disable()  # building graphs makes millions of objects that live: collecting them took a fifth of the load
     try:
-        with Weights(header, _uploads(load.model, progress)) as weights:
-            model = llama.Llama(
-                config, weights, slots, cache_length(context), CPU_COUNT.value if on_cpu else 1
-            )
+        spelled = str if isinstance(checkpoint, Gguf) else family.spelled
+        with Weights(checkpoint, _uploads(load.model, progress), spelled) as weights:
+            model = Decoder(config, weights, slots, cache_length(context), CPU_COUNT.value if on_cpu else 1)
         graphs = GraphedModel(model, slots, context, on_cpu)
         del model
         for done, size in enumerate(graphs.sizes):
@@ -93,14 +99,12 @@ def _uploads(model: str, progress: Progress) -> Callable[[int, int], None]:
     return lambda done, total: progress(LoadProgress(model=model, stage="upload", done=done, total=total))
 
 
-def memory_needed(
-    header: gguf.Gguf, config: llama.LlamaConfig, slots: int, context: int, on_cpu: bool
-) -> int:
+def memory_needed(config: DecoderConfig, slots: int, context: int, on_cpu: bool) -> int:
     """Weights, caches and the steps' intermediates, in bytes of the device."""
     length = cache_length(context)
-    weights = config.weights_bytes(tied="output.weight" not in header.tensors)
+    weights = config.weights_bytes()
     steps = sum(
-        4 * rows * (2 * config.heads * length + 4 * config.embedding + config.qkv + 3 * config.feed_forward)
+        4 * rows * (2 * config.heads * length + 4 * config.embedding + config.qkv + config.inner)
         + 4 * min(rows, slots) * config.vocabulary
         for rows in bucket_sizes(slots, on_cpu)
     )

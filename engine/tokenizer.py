@@ -17,13 +17,44 @@ from engine.gguf import Gguf, bad_file
 
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # tokenizer.ggml.token_type
 _SPACE = "\u2581"  # SentencePiece's visible space
-_END_NAMES = ("<|im_end|>", "<|eot_id|>", "<|end_of_text|>", "<|endoftext|>", "<|end|>", "</s>", "<|eom_id|>")
+END_NAMES = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|end|>",
+    "</s>",
+    "<|eom_id|>",
+    "<end_of_turn>",
+)
 
 # https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp, by tokenizer.ggml.pre
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN2_PATTERN = _LLAMA3_PATTERN.replace(r"|\p{N}{1,3}|", r"|\p{N}|")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_ENDING = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_GPT4O_PATTERN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_ENDING}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_ENDING}"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# name -> (pattern, whether whole words in the vocabulary skip the merges)
+_PATTERNS = {
+    "llama-bpe": (_LLAMA3_PATTERN, True),
+    "llama3": (_LLAMA3_PATTERN, True),
+    "llama-v3": (_LLAMA3_PATTERN, True),
+    "dbrx": (_LLAMA3_PATTERN, False),
+    "qwen2": (_QWEN2_PATTERN, False),
+    "deepseek-r1-qwen": (_QWEN2_PATTERN, False),
+    "tekken": (_TEKKEN_PATTERN, True),
+    "gpt-4o": (_GPT4O_PATTERN, False),
+}
 
 
 def _pre_tokenizer(name: str) -> tuple[Any, bool] | None:
@@ -34,14 +65,15 @@ def _pre_tokenizer(name: str) -> tuple[Any, bool] | None:
     if name in ("smollm", "codeshell", "refact", "command-r"):
         digits = pre_tokenizers.Digits(individual_digits=True)
         return pre_tokenizers.Sequence([digits, byte_level]), False
-    if name in ("llama-bpe", "llama3", "llama-v3"):
-        split = pre_tokenizers.Split(Regex(_LLAMA3_PATTERN), "isolated")
+    if name in _PATTERNS:
+        pattern, whole = _PATTERNS[name]
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
         plain = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        return pre_tokenizers.Sequence([split, plain]), True
+        return pre_tokenizers.Sequence([split, plain]), whole
     return None
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's byte-to-unicode table, reversed."""
     kept = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(byte): byte for byte in kept}
@@ -115,11 +147,11 @@ def from_gguf(gguf: Gguf) -> Vocabulary:
         kinds = _table(gguf, "tokenizer.ggml.token_type", int, len(names))
     if model == "gpt2":
         tokenizer = _byte_level(gguf, names)
-        table = _byte_of_character()
-        pieces = [_gpt2_bytes(name, table) for name in names]
+        table = byte_of_character()
+        pieces = [byte_level_piece(name, table) for name in names]
     elif model == "llama":
         tokenizer = _sentencepiece(gguf, names, kinds)
-        pieces = [_llama_bytes(name, kind) for name, kind in zip(names, kinds, strict=True)]
+        pieces = [sentencepiece_piece(name) for name in names]
     else:
         raise LoadError(
             "unsupported_tokenizer", f"{gguf.path} has a {model!r} tokenizer; usable are gpt2 and llama"
@@ -145,9 +177,9 @@ def _vocabulary(
     metadata = gguf.metadata
     ids = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ends = {token for token in ids if isinstance(token, int) and 0 <= token < len(names)}
-    ends |= {t for t, name in enumerate(names) if kinds[t] == CONTROL and name in _END_NAMES}
-    begin = metadata.get("tokenizer.ggml.bos_token_id")
-    if not metadata.get("tokenizer.ggml.add_bos_token", model == "llama"):
+    ends |= {t for t, name in enumerate(names) if kinds[t] == CONTROL and name in END_NAMES}
+    begin, pre = metadata.get("tokenizer.ggml.bos_token_id"), metadata.get("tokenizer.ggml.pre")
+    if not metadata.get("tokenizer.ggml.add_bos_token", model == "llama" or pre in ("llama-bpe", "tekken")):
         begin = None
     template = metadata.get("tokenizer.chat_template")
     return Vocabulary(
@@ -159,7 +191,7 @@ def _vocabulary(
         ends=frozenset(ends),
         chat_template=template if isinstance(template, str) else None,
         context_max=gguf.integer(f"{gguf.text('general.architecture')}.context_length", 0),
-        strip_first_space=model == "llama",
+        strip_first_space=model == "llama" and _prefixed(gguf),
     )
 
 
@@ -169,7 +201,7 @@ def _byte_level(gguf: Gguf, names: list[str]) -> Tokenizer:
     if found is None:
         raise LoadError(
             "unsupported_tokenizer",
-            f"{gguf.path} wants the pre-tokenizer {name!r}; usable are gpt-2, smollm and llama-bpe",
+            f"{gguf.path} wants the pre-tokenizer {name!r}; usable are gpt-2, smollm, {', '.join(_PATTERNS)}",
         )
     before, ignore_merges = found
     merges = [tuple(merge.split(" ", 1)) for merge in _table(gguf, "tokenizer.ggml.merges", str)]
@@ -182,6 +214,11 @@ def _byte_level(gguf: Gguf, names: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = before
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _prefixed(gguf: Gguf) -> bool:
+    """Whether a space is put before every text."""
+    return bool(gguf.metadata.get("tokenizer.ggml.add_space_prefix", True))
 
 
 def _sentencepiece(gguf: Gguf, names: list[str], kinds: list[int]) -> Tokenizer:
@@ -209,20 +246,24 @@ def _sentencepiece(gguf: Gguf, names: list[str], kinds: list[int]) -> Tokenizer:
     )
     tokenizer = Tokenizer(model)
     steps: list[Any] = [normalizers.Replace(" ", _SPACE)]
-    if gguf.metadata.get("tokenizer.ggml.add_space_prefix", True):
+    if _prefixed(gguf):
         steps.insert(0, normalizers.Prepend(_SPACE))
     tokenizer.normalizer = normalizers.Sequence(steps)
     return tokenizer
 
 
-def _gpt2_bytes(name: str, table: dict[str, int]) -> bytes:
+def byte_level_piece(name: str, table: dict[str, int]) -> bytes:
     try:
         return bytes(table[character] for character in name)
     except KeyError:  # not byte-level: a token that stands for itself
-        return name.encode()
+        return name.encode("utf-8", "replace")
 
 
-def _llama_bytes(name: str, kind: int) -> bytes:
-    if kind == BYTE and name.startswith("<0x") and name.endswith(">"):
-        return bytes([int(name[3:-1], 16)])
-    return name.replace(_SPACE, " ").encode()
+def sentencepiece_piece(name: str) -> bytes:
+    """The bytes of a SentencePiece token: a byte by its number, or text with visible spaces."""
+    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
+        try:
+            return bytes([int(name[3:5], 16)])
+        except ValueError:
+            return name.encode()
+    return name.replace(_SPACE, " ").encode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""A model's tensors from a GGUF file onto the device, each used once or the load fails.
+"""A model's tensors from a GGUF file or a safetensors folder onto the device, each used once or the load fails.
 
 Quantised blocks are uploaded as they are and decoded on the device (tinygrad.llm.gguf). Matrices are kept as float16:
 half the memory traffic of float32, which bounds decoding, and exact to 2^-11 of each weight. Measured on two CPU
@@ -8,8 +8,9 @@ cores through LLVM 22: decoding Q4_1 in every step costs more than its saved tra
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,7 @@ from tinygrad.dtype import DType
 from tinygrad.llm.gguf import ggml_data_to_tensor
 
 from engine.errors import LoadError
-from engine.gguf import Gguf, TensorInfo
+from engine.gguf import TensorInfo
 
 MATRIX = dtypes.float16
 VECTOR = dtypes.float32
@@ -27,6 +28,22 @@ _DTYPES = {"float16": dtypes.float16, "float32": dtypes.float32, "int32": dtypes
 # never filled for the next.
 _GRAPHED_KINDS = {0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 30}
 Progress = Callable[[int, int], None]  # bytes done, of total
+Part = tuple[str, tuple[int, ...]]  # a tensor's name and the shape that it must have
+
+
+class Checkpoint(Protocol):
+    """A model's files, whose headers have been read and checked."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def tensors(self) -> dict[str, TensorInfo]: ...
+
+
+def array_dtype(dtype: DType) -> str:
+    """numpy's name of a type."""
+    return next(name for name, known in _DTYPES.items() if known == dtype)
 
 
 def fill(tensor: Tensor, values: npt.NDArray[Any]) -> None:
@@ -80,42 +97,64 @@ class _Decoder:
 
 
 class Weights:
-    """Hands out a file's tensors by name, counting what was used. A context manager: it maps the file."""
+    """Hands out tensors by name, counting what was used. A context manager: it maps the files.
 
-    def __init__(self, gguf: Gguf, progress: Progress) -> None:
-        self._gguf = gguf
+    Names are GGUF's; `spelled` gives the file's own where that is another format's.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        progress: Progress,
+        spelled: Callable[[str], str] = str,
+        matrices: DType = MATRIX,
+    ) -> None:
+        self.matrices = matrices
+        self._path = checkpoint.path
+        self._spelled = spelled
         self._progress = progress
-        self._left = dict(gguf.tensors)
+        self._left = dict(checkpoint.tensors)
         self._done = 0
         self._decoders: dict[Any, _Decoder] = {}
-        self._total = sum(info.size for info in gguf.tensors.values())
-        with gguf.path.open("rb") as file:
-            # private, because tinygrad copies from writable memory only
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        self._total = sum(info.size for info in self._left.values())
+        self._maps: dict[Path, mmap.mmap] = {}
+        for path in {info.file for info in self._left.values()}:
+            with path.open("rb") as file:
+                # private, because tinygrad copies from writable memory only
+                self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
 
     def __enter__(self) -> Weights:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self._map  # not closed: a failure's traceback may hold a view of it
+        self._maps.clear()  # not closed: a failure's traceback may hold a view of one
         for decoder in self._decoders.values():
             decoder.free()
         self._decoders.clear()
 
     def has(self, name: str) -> bool:
-        return name in self._left
+        return self._spelled(name) in self._left
+
+    def consume(self, names: Iterable[str]) -> None:
+        """These, as the file spells them, need not be used."""
+        for name in names:
+            self._left.pop(name, None)
 
     def vector(self, name: str, *shape: int) -> Tensor:
         """A tensor as float32."""
         return self._decoded([(name, shape)], VECTOR, None)
 
-    def matrix(self, name: str, *shape: int, columns: Tensor | None = None) -> Tensor:
-        """A tensor as float16, its columns multiplied by `columns` before rounding."""
-        return self.stacked([(name, shape)], columns=columns)
+    def precise(self, name: str, *shape: int, columns: Tensor) -> Tensor:
+        """A matrix as float32, its columns multiplied by `columns`."""
+        return self._decoded([(name, shape)], VECTOR, columns)
 
-    def stacked(self, parts: list[tuple[str, tuple[int, ...]]], columns: Tensor | None = None) -> Tensor:
+    def matrix(self, name: str, *shape: int, by: Tensor | None = None) -> Tensor:
+        """A tensor as `matrices`, its last axis multiplied by `by` before rounding."""
+        return self.stacked([(name, shape)], columns=by)
+
+    def stacked(self, parts: Sequence[Part], columns: Tensor | None = None) -> Tensor:
         """Several matrices of equal width as one, one below the other."""
-        return self._decoded(parts, MATRIX, columns)
+        return self._decoded(parts, self.matrices, columns)
 
     def finish(self) -> None:
         """Raises LoadError when the file has tensors that the model did not use."""
@@ -123,19 +162,18 @@ class Weights:
             some = ", ".join(sorted(self._left)[:5])
             raise LoadError(
                 "unsupported_architecture",
-                f"{self._gguf.path} has {len(self._left)} tensors that this architecture does not use ({some}): "
+                f"{self._path} has {len(self._left)} tensors that this architecture does not use ({some}): "
                 "running without them would give wrong answers",
             )
 
-    def _decoded(
-        self, parts: list[tuple[str, tuple[int, ...]]], dtype: DType, columns: Tensor | None
-    ) -> Tensor:
+    def _decoded(self, parts: Sequence[Part], dtype: DType, columns: Tensor | None) -> Tensor:
         infos = [self._take(name, shape) for name, shape in parts]
         key = (dtype, columns is not None, *((info.kind, info.shape) for info in infos))
         if key not in self._decoders:
             self._decoders[key] = _Decoder(infos, dtype)
         raw = [
-            np.frombuffer(self._map, dtype=np.uint8, count=info.size, offset=info.offset) for info in infos
+            np.frombuffer(self._maps[info.file], dtype=np.uint8, count=info.size, offset=info.offset)
+            for info in infos
         ]
         decoded = self._decoders[key](raw, columns)
         self._done += sum(info.size for info in infos)
@@ -143,10 +181,11 @@ class Weights:
         return decoded
 
     def _take(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        name = self._spelled(name)
         info = self._left.pop(name, None)
         if info is None:
-            raise LoadError("bad_model_file", f"{self._gguf.path} has no tensor {name!r}")
+            raise LoadError("bad_model_file", f"{self._path} has no tensor {name!r}")
         if info.shape != shape:
-            text = f"{self._gguf.path}: tensor {name!r} has shape {info.shape} and should have {shape}"
+            text = f"{self._path}: tensor {name!r} has shape {info.shape} and should have {shape}"
             raise LoadError("bad_model_file", text)
         return info

@@ -16,7 +16,7 @@ from tinygrad.helpers import Target
 from tinygrad.renderer.llvmir import AMDLLVMRenderer
 from tinygrad.uop.ops import UOp
 
-from engine import kernels, llvm
+from engine import experts, kernels, llvm
 
 ROWS, HEADS, GROUPS, WIDTH, SLOTS, LENGTH = 4, 4, 2, 64, 2, 64
 
@@ -48,11 +48,34 @@ def step() -> None:
     angles = Tensor.ones(2, ROWS, WIDTH // 2).contiguous()
     empty = Tensor.zeros(2, SLOTS, GROUPS, LENGTH, WIDTH).half().contiguous().realize()
     cache = kernels.write_cache(empty, qkv, angles, slots, positions, HEADS)
-    queries = kernels.rotate_queries(qkv, angles, HEADS, WIDTH)
+    queries = kernels.rotate_queries(qkv, angles, HEADS, WIDTH, WIDTH**-0.5)
     length = UOp.variable("length", 1, LENGTH).bind(2)
     mixed = kernels.attention(queries, cache, slots, positions, length)
     x = kernels.matmul(mixed, Tensor.ones(embedding, embedding).half().contiguous(), residual=x)
     assert np.isfinite(kernels.gated(x).numpy()).all()
+    peculiar(qkv, angles, empty, slots, positions, length)
+
+
+def peculiar(
+    qkv: Tensor, angles: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, length: UOp
+) -> None:
+    """What only some families have."""
+    rotation = kernels.Rotation(halves=True, rotated=WIDTH // 2)
+    inverse = kernels.inverse_head_norms(qkv, HEADS + GROUPS, WIDTH, 1e-5)
+    norm = kernels.HeadNorm(inverse, Tensor.ones(WIDTH).contiguous())
+    cache = kernels.write_cache(cache, qkv, angles, slots, positions, HEADS, rotation, norm)
+    queries = kernels.rotate_queries(qkv, angles, HEADS, WIDTH, WIDTH**-0.5, rotation, norm)
+    x = kernels.attention(queries, cache, slots, positions, length, window=8)
+    scale = kernels.inverse_norm(x, 1e-5)
+    x = kernels.add_normed(x, x, scale, Tensor.ones(HEADS * WIDTH).contiguous())
+    scores = kernels.matmul(x, Tensor.ones(8, HEADS * WIDTH).contiguous(), bias=Tensor.ones(8).contiguous())
+    chosen, shares = experts.choose(scores, 2)
+    assert chosen.numpy().tolist() == [[0, 1]] * ROWS  # of equals the first
+    matrices = [Tensor.ones(8 * 32, HEADS * WIDTH).half().contiguous() for _ in range(2)]
+    inner = experts.expand(x, *matrices, chosen, scale, 8)
+    down = Tensor.ones(8 * HEADS * WIDTH, 32).half().contiguous()
+    x = experts.contract(inner, down, chosen, shares, x, 8)
+    assert np.isfinite(kernels.gated(x, gelu=True).numpy()).all()
 
 
 if __name__ == "__main__":

@@ -72,7 +72,7 @@ def step(inputs: dict[str, Tensor], length: UOp) -> Tensor:
         qkv = kernels.matmul(x, inputs["qkv"], scale=kernels.inverse_norm(x, 1e-5))
         ints = inputs["slots"], inputs["positions"]
         cache = kernels.write_cache(inputs["cache"], qkv, inputs["angles"], *ints, HEADS)
-        queries = kernels.rotate_queries(qkv, inputs["angles"], HEADS, WIDTH)
+        queries = kernels.rotate_queries(qkv, inputs["angles"], HEADS, WIDTH, WIDTH**-0.5)
         x = kernels.matmul(kernels.attention(queries, cache, *ints, length), inputs["output"], residual=x)
         inner = kernels.gated(kernels.matmul(x, inputs["gate_up"]))
         x = kernels.matmul(inner, inputs["output"], residual=x)

@@ -191,9 +191,10 @@ def test_bad_loads_are_refused(real: EngineProcess, model_path: Path, tmp_path: 
     real.send(Load(model="cut", path=str(broken), family="llama"))
     failed = real.wait_for(lambda m: isinstance(m, LoadFailed) and m.model == "cut")
     assert failed.code == "bad_model_file"
-    real.send(Load(model="other", path=str(model_path), family="qwen2"))
-    failed = real.wait_for(lambda m: isinstance(m, LoadFailed) and m.model == "other")
-    assert failed.code == "unsupported_architecture"
+    for family, code in (("qwen2", "bad_model_file"), ("mamba", "unsupported_architecture")):
+        real.send(Load(model=family, path=str(model_path), family=family))
+        failed = real.wait_for(lambda m, family=family: isinstance(m, LoadFailed) and m.model == family)
+        assert failed.code == code
     real.send(Load(model="m", path=str(model_path), family="llama"))
     again = real.wait_for(lambda m: isinstance(m, LoadFailed) and m.model == "m")
     assert again.code == "already_loaded"

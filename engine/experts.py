@@ -1,0 +1,98 @@
+"""The kernels of a mixture of experts: each row's best experts, and products with their matrices only.
+
+As in `engine.kernels`: R rows, I inputs, O outputs, F the experts' inner size; X experts, K of them for each row. The
+experts' matrices lie one below the other, [X O, I]. Every row reads its own experts' weights, which is what decoding
+needs; a prompt's rows that share an expert read it once each.
+"""
+
+from __future__ import annotations
+
+from tinygrad import Tensor, dtypes
+from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
+
+from engine.kernels import LOG2_E, as_written, held, summed
+from engine.recording import call
+
+
+def choose(scores: Tensor, used: int) -> tuple[Tensor, Tensor]:
+    """scores [R, X] -> the `used` best experts [R, K], best first, and the softmax over their scores [R, K]."""
+    rows, experts = scores.shape
+    opts = as_written(scores)
+
+    def ranks(out: UOp, scores: UOp) -> UOp:
+        r, e = UOp.range(rows, 0), UOp.range(experts, 1)
+        n = UOp.range(experts, 2, axis_type=AxisType.REDUCE)
+        mine, other = scores[r, e], scores[r, n]
+        one, zero = UOp.const(dtypes.int32, 1), UOp.const(dtypes.int32, 0)
+        earlier = (n < e).where(one, zero)  # of equals the first
+        ahead = (mine < other).where(one, (other < mine).where(zero, earlier))
+        info = KernelInfo(name=f"ranks_{rows}_{experts}", opts_to_apply=opts)
+        return out[r, e].store(summed(ahead, n)).end(r, e).sink(arg=info)
+
+    def chosen(out: UOp, ranks: UOp) -> UOp:
+        r, k = UOp.range(rows, 0), UOp.range(used, 1)
+        e = UOp.range(experts, 2, axis_type=AxisType.REDUCE)
+        zero = UOp.const(dtypes.int32, 0)
+        value = ranks[r, e].ne(k.cast(dtypes.int32)).where(zero, e.cast(dtypes.int32))
+        info = KernelInfo(name=f"chosen_{rows}_{experts}_{used}", opts_to_apply=opts)
+        return out[r, k].store(summed(value, e)).end(r, k).sink(arg=info)
+
+    def shares(out: UOp, scores: UOp, chosen: UOp) -> UOp:
+        r, k = UOp.range(rows, 0), UOp.range(used, 1)
+        n = UOp.range(used, 2, axis_type=AxisType.REDUCE)
+        best, mine, other = (
+            scores[r, held(chosen[r, at], experts)] for at in (UOp.const(dtypes.weakint, 0), k, n)
+        )
+        value = ((mine - best) * LOG2_E).alu(Ops.EXP2)
+        total = summed(((other - best) * LOG2_E).alu(Ops.EXP2), n)
+        info = KernelInfo(name=f"shares_{rows}_{experts}_{used}", opts_to_apply=opts)
+        return out[r, k].store(value / total).end(r, k).sink(arg=info)
+
+    def empty(size: int, dtype: object) -> Tensor:
+        return Tensor.empty(rows, size, dtype=dtype, device=scores.device)
+
+    order = call(ranks, empty(experts, dtypes.int32), scores)
+    best = call(chosen, empty(used, dtypes.int32), order)
+    return best, call(shares, empty(used, dtypes.float32), scores, best)
+
+
+def expand(x: Tensor, gate: Tensor, up: Tensor, chosen: Tensor, scale: Tensor, count: int) -> Tensor:
+    """x [R, I] through its experts' gate and up matrices [X F, I]: silu(gate) * up, [R K, F]. scale [R] is x's norm."""
+    rows, inputs = x.shape
+    used, size = chosen.shape[1], gate.shape[0] // count
+    opts = as_written(x)
+
+    def kernel(out: UOp, x: UOp, gate: UOp, up: UOp, chosen: UOp, scale: UOp) -> UOp:
+        r, k, f = UOp.range(rows, 0), UOp.range(used, 1), UOp.range(size, 2)
+        i = UOp.range(inputs, 3, axis_type=AxisType.REDUCE)
+        line = held(chosen[r, k], count) * size + f
+        a = summed(x[r, i] * gate[line, i].cast(dtypes.float32), i) * scale[r]
+        b = summed(x[r, i] * up[line, i].cast(dtypes.float32), i) * scale[r]
+        value = a * b * ((a * -LOG2_E).alu(Ops.EXP2) + 1.0).alu(Ops.RECIPROCAL)
+        info = KernelInfo(name=f"expand_{rows}_{used}_{size}", opts_to_apply=opts)
+        return out[r * used + k, f].store(value).end(r, k, f).sink(arg=info)
+
+    out = Tensor.empty(rows * used, size, dtype=dtypes.float32, device=x.device)
+    return call(kernel, out, x, gate, up, chosen, scale)
+
+
+def contract(
+    inner: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, residual: Tensor, count: int
+) -> Tensor:
+    """The experts' results, weighed and added: inner [R K, F], down [X E, F], residual [R, E] -> [R, E]."""
+    rows, outputs = residual.shape
+    used, size = chosen.shape[1], inner.shape[1]
+    opts = as_written(inner)
+
+    def kernel(out: UOp, inner: UOp, down: UOp, chosen: UOp, shares: UOp, residual: UOp) -> UOp:
+        r, o = UOp.range(rows, 0), UOp.range(outputs, 1)
+        k = UOp.range(used, 2, axis_type=AxisType.REDUCE)
+        f = UOp.range(size, 3, axis_type=AxisType.REDUCE)
+        line = held(chosen[r, k], count) * outputs + o
+        value = inner[r * used + k, f] * down[line, f].cast(dtypes.float32) * shares[r, k]
+        total = residual[r, o] + value.reduce(k, f, arg=Ops.ADD)
+        info = KernelInfo(name=f"contract_{rows}_{outputs}_{used}", opts_to_apply=opts)
+        return out[r, o].store(total).end(r, o).sink(arg=info)
+
+    out = Tensor.empty(rows, outputs, dtype=dtypes.float32, device=inner.device)
+    return call(kernel, out, inner, down, chosen, shares, residual)
