@@ -7,37 +7,34 @@ ran ahead of the store is thrown away with it.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import msgspec
 import structlog
 import trio
 
 from peer import limits
-from peer.decide import admit, keys, lose, meter, place, rebalance, record, recover, retain, schedule, view
+from peer.answers import Alone, Answers, Voucher, not_leading
+from peer.decide import admit, keys, lose, meter, place, rebalance, record, recover, retain, schedule
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
-from peer.errors import Ambiguous, BitinglipError, NotFound, Unavailable
+from peer.errors import Ambiguous, BitinglipError, Unavailable
 from peer.journal import Journal
 from peer.ports import Clock, Delete, Entropy, Link, Put, Store, Write
 from peer.state import command as asks
 from peer.state.key import ApiKey
 from peer.state.model import Model
 from peer.state.order import AttemptFinished, Order, Report, WorkerReported
-from peer.state.plan import Plan
-from peer.state.record import decode, ended_at, idempotency_key, list_prefix, prefix_end, task_id
+from peer.state.record import decode, ended_at, idempotency_key, prefix_end, task_id
 from peer.state.snapshot import Linked, Policy, Rumoured, Snapshot, StoreWrites
-from peer.state.task import Idempotency, Status, Task, TaskResult
+from peer.state.task import Idempotency, Task
 from peer.streams import StreamHub
 
 log = structlog.get_logger(__name__)
 
-_RECENT_MAX = 1_000  # finished tasks kept in memory for those who wait for them
-_RECENT_CHARS_MAX = 16_384  # of result text; longer ones are read from the store
 _ENTROPY_BYTES = 5
 _FORGET_ROUNDS_MAX = 8  # in a tick: more end in a second than one batch
 _BATCH_BYTES_MAX = limits.BODY_BYTES_MAX  # of prompts and results; the store bounds its transactions
@@ -63,29 +60,6 @@ def _size(item: _Pending | Report | Linked | Rumoured) -> int:
     if isinstance(item, _Pending):
         return item.size
     return len(item.generated_text) if isinstance(item, AttemptFinished) else 0
-
-
-class Voucher(Protocol):
-    """Whether this peer's memory is still the newest: peer.election.Leadership. `lost` says why it leads no more."""
-
-    lost: str
-
-    def fresh(self) -> bool: ...
-
-    async def renewed(self) -> None:
-        """Until `fresh` may have changed."""
-
-
-class Alone:
-    """The voucher of a store that no other peer can reach."""
-
-    lost = ""
-
-    def fresh(self) -> bool:
-        return True
-
-    async def renewed(self) -> None:
-        await trio.lowlevel.checkpoint()
 
 
 _Item = _Pending | Report | Linked | Rumoured
@@ -120,12 +94,9 @@ class Leader:
         self._clock = clock
         self._entropy = entropy
         self._streams = streams
-        self._inbox_send, self._inbox = trio.open_memory_channel[_Item](
-            limits.COMMANDS_WAITING_MAX
-        )
+        self._inbox_send, self._inbox = trio.open_memory_channel[_Item](limits.COMMANDS_WAITING_MAX)
         self._committing = trio.Lock()
-        self._waiting: dict[str, trio.Event] = {}
-        self._recent: OrderedDict[str, asks.TaskView] = OrderedDict()
+        self._answers = Answers(snapshot, store, clock, streams, self._settled)
         self._late_evidence: dict[tuple[type, str], Linked | Rumoured] = {}
         self._deciding: list[_Pending] = []
         self._stopping = ""
@@ -163,7 +134,7 @@ class Leader:
         try:
             await self._inbox_send.send(message)
         except trio.BrokenResourceError:
-            raise _no_leader() from None
+            raise not_leading() from None
 
     def linked(self, peer_id: str, up: bool) -> None:
         """The session with this peer's process came up, or ended: evidence for `peer.decide.lose`."""
@@ -186,7 +157,7 @@ class Leader:
         """Commands are handed over to the leader's task: a caller that goes away does not undo them."""
         if isinstance(request, asks.Command):
             return await self._command(request)
-        return await self._query(request)
+        return await self._answers.query(request)
 
     async def _command(self, command: asks.Command) -> Any:
         if self._stopping and isinstance(command, asks.SubmitTask):
@@ -197,7 +168,7 @@ class Leader:
         except trio.WouldBlock:
             raise Unavailable("the leader is behind", code="overloaded", retry_after_s=1.0) from None
         except trio.BrokenResourceError:
-            raise _no_leader() from None
+            raise not_leading() from None
         with trio.move_on_after(limits.COMMAND_S_MAX):
             await pending.done.wait()
         if not pending.done.is_set():
@@ -205,20 +176,11 @@ class Leader:
         if pending.error is not None:
             raise pending.error
         if isinstance(pending.answer, _First):
-            view_of_first = await self._get_task(asks.GetTask(task_id=pending.answer.task_id))
+            view_of_first = await self._answers.query(asks.GetTask(task_id=pending.answer.task_id))
             return asks.Submitted(view=view_of_first, replayed=True)
         return pending.answer
 
     # ---------------------------------------------------------------- queries
-
-    async def _query(self, query: asks.Query) -> Any:
-        match query:
-            case asks.GetTask():
-                return await self._get_task(query)
-            case asks.ListTasks():
-                return await self._list_tasks(query)
-        async with self._settled():
-            return self._read(query)
 
     @asynccontextmanager
     async def _settled(self) -> AsyncIterator[None]:
@@ -233,82 +195,7 @@ class Leader:
         while not self._over and not self._voucher.lost and not self._voucher.fresh():
             await self._voucher.renewed()
         if self._over or self._voucher.lost:
-            raise _no_leader()
-
-    def _read(self, query: asks.Query) -> Any:
-        now = self._clock.wall()
-        match query:
-            case asks.ListWorkers():
-                return view.workers(self._snapshot, now)
-            case asks.GetWorker():
-                return view.worker(self._snapshot, now, query.worker_id)
-            case asks.ListAssignments():
-                return view.assignments(self._snapshot)
-            case asks.ListModels():
-                return view.models(self._snapshot)
-            case asks.GetStatus():
-                return view.cluster(self._snapshot, now)
-            case asks.GetMetrics():
-                return meter.metrics(self._snapshot, query.timeframe, now)
-            case asks.ListKeys():
-                return tuple(self._snapshot.keys.values())
-            case asks.GetPlan():
-                return self._plan(query.rebalance_id)
-            case _:
-                raise TypeError(f"not a query: {type(query).__name__}")
-
-    def _plan(self, rebalance_id: str) -> Plan:
-        plan = self._snapshot.plans.get(rebalance_id)
-        if plan is None:
-            raise NotFound(f"there is no rebalance `{rebalance_id}`", code="rebalance_not_found")
-        return plan
-
-    async def _get_task(self, query: asks.GetTask) -> asks.TaskView:
-        if query.wait_s > 0 and query.task_id in self._snapshot.tasks:
-            finished = self._waiting.setdefault(query.task_id, trio.Event())
-            with trio.move_on_after(query.wait_s):
-                await finished.wait()
-        async with self._settled():
-            task = self._snapshot.tasks.get(query.task_id)
-            if task is not None:
-                live = view.live_task(self._snapshot, self._clock.wall(), task)
-                return msgspec.structs.replace(live, tokens_so_far=self._streams.tokens_so_far(task.task_id))
-            recent = self._recent.get(query.task_id)
-        if recent is not None:
-            return recent
-        stored = await self._stored_task(query.task_id)
-        if stored is None:
-            raise admit.no_task(query.task_id)
-        return stored
-
-    async def _stored_task(self, wanted: str) -> asks.TaskView | None:
-        found = await self._store.get([f"task/{wanted}", f"result/{wanted}"])
-        task, result = found.get(f"task/{wanted}"), found.get(f"result/{wanted}")
-        if task is None:
-            return None
-        return asks.TaskView(
-            task=decode(Task, task.value),
-            result=decode(TaskResult, result.value) if result is not None else None,
-        )
-
-    async def _list_tasks(self, query: asks.ListTasks) -> asks.TaskPage:
-        prefix = list_prefix(query.status, query.worker_id)
-        end = prefix_end(prefix)
-        async with self._settled():
-            pass  # what was in flight when the caller asked is in the store now
-        total = await self._store.count(prefix, end)
-        page = await self._store.range(prefix, end, limit=query.limit, offset=query.offset, keys_only=True)
-        names = [f"task/{item.key.rpartition('/')[2]}" for item in page.items]
-        found = await self._store.get(names)
-        tasks = tuple(decode(Task, found[name].value) for name in names if name in found)
-        return asks.TaskPage(tasks=tuple(self._with_start(task) for task in tasks), total=total)
-
-    def _with_start(self, stored: Task) -> Task:
-        """The store's copy of a running task lacks its start, which is kept in memory only."""
-        live = self._snapshot.tasks.get(stored.task_id)
-        if live is None or live.attempt != stored.attempt or live.status is not Status.RUNNING:
-            return stored
-        return live
+            raise not_leading()
 
     # ---------------------------------------------------------------- the loop
 
@@ -336,11 +223,10 @@ class Leader:
             except trio.WouldBlock:
                 break
             if isinstance(item, _Pending):
-                item.error = _no_leader()
+                item.error = not_leading()
                 item.done.set()
         self._inbox.close()
-        for waiting in self._waiting.values():
-            waiting.set()
+        self._answers.end()
 
     def _gather(self, first: _Item) -> list[_Item]:
         batch, nbytes = [first], _size(first)
@@ -418,11 +304,8 @@ class Leader:
     async def _carry_out(self, work: Batch, commands: list[_Pending]) -> None:
         """After the commit: answer, publish, order."""
         for task, result in work.ended.values():
-            self._remember(task, result)
             self._streams.end(task.task_id)
-            waiting = self._waiting.pop(task.task_id, None)
-            if waiting is not None:
-                waiting.set()
+            self._answers.ended(task, result)
         for task in work.requeued:
             self._streams.restart(task.task_id, task.attempt + 1, task.requeued_because)
         self._journal.publish(work.events)
@@ -441,13 +324,6 @@ class Leader:
         except Unavailable as error:
             # The worker's reports will not show what was ordered; it is then decided anew.
             log.warning("order_not_delivered", peer_id=peer_id, order=type(order).__name__, why=error.message)
-
-    def _remember(self, task: Task, result: TaskResult | None) -> None:
-        if result is not None and len(result.generated_text) > _RECENT_CHARS_MAX:
-            return
-        self._recent[task.task_id] = asks.TaskView(task=task, result=result)
-        if len(self._recent) > _RECENT_MAX:
-            self._recent.popitem(last=False)
 
     # ---------------------------------------------------------------- deciding
 
@@ -556,12 +432,8 @@ class Leader:
             work.take(retain.forget_tasks(tasks))
             await self._commit(work.writes)
         for task in tasks:
-            self._recent.pop(task.task_id, None)
+            self._answers.forget(task.task_id)
         return len(names) == limits.RETENTION_BATCH
-
-
-def _no_leader() -> Unavailable:
-    return Unavailable("this peer does not lead any more", code="not_leading", retry_after_s=1.0)
 
 
 def _ambiguous(why: str) -> Unavailable:

@@ -15,6 +15,7 @@ FAULT_S = (60.0, 150.0)
 CALM = 0.05  # of all runs know no fault at all
 KNOWN = 0.25  # of the kinds, in the others
 FAULTS_PER_MINUTE = (0.5, 14.0)  # of the cluster, in all
+LEADERS = 3.0  # so many times as likely: what happens to a leader matters most
 BURST = 0.15  # of the runs have their faults close together
 
 
@@ -40,8 +41,10 @@ def draw(seed: int, *, hosts: int | None = None, fault_s: float | None = None) -
 def draw_faults(rng: random.Random, scenario: Scenario, peers: tuple[str, ...]) -> tuple[Fault, ...]:
     if rng.random() < CALM:
         return ()
-    names = [name for name in KINDS if rng.random() < KNOWN] or [rng.choice(list(KINDS))]
-    weights = [10.0 ** rng.uniform(-1.0, 0.0) for _ in names]
+    names = [name for name in KINDS if rng.random() < KNOWN * (2 if "leader" in name else 1)] or [
+        rng.choice(list(KINDS))
+    ]
+    weights = [10.0 ** rng.uniform(-1.0, 0.0) * (LEADERS if "leader" in name else 1.0) for name in names]
     low, high = FAULTS_PER_MINUTE
     rate = low * (high / low) ** rng.random() * max(1.0, (scenario.hosts / 5) ** 0.5)
     count = max(1, round(rate * scenario.fault_s / 60.0))

@@ -169,6 +169,7 @@ class Cluster:
                 if peer is None or not host.up:
                     continue
                 self._check_bounds(name, host)
+                self._check_cards(name, host)
                 if peer.leader is None or peer.election is None or peer.election.leadership is None:
                     continue
                 leadership = peer.election.leadership
@@ -192,6 +193,19 @@ class Cluster:
         waiting = host.peer.executor.reports_waiting if host.peer is not None else 0
         if waiting > _REPORTS_MAX:
             self.world.violated("lines_are_bounded", f"{waiting} reports wait at {name}")
+
+    def _check_cards(self, name: str, host: SimHost) -> None:
+        """A load that the device had no room for is the leader's mistake, unless another program took the memory."""
+        for label, card in host.cards.items():
+            self.checks["device_memory_is_planned"] += 1
+            for refusal in list(card.refusals):
+                card.refusals.popleft()
+                if not refusal.forced and not refusal.foreign_bytes:
+                    self.world.violated(
+                        "device_memory_is_planned",
+                        f"{name}-{label} has no room for {refusal.model} ({refusal.need_bytes} bytes): "
+                        f"{refusal.held_bytes} of {card.total_bytes} are held",
+                    )
 
     def _mark_leaders(self, leading: dict[tuple[str, int], float]) -> None:
         for (name, epoch), since in self._leading.items():

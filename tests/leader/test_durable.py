@@ -140,7 +140,7 @@ async def test_old_and_surplus_tasks_are_forgotten(autojump_clock: Any) -> None:
         await trio.sleep(1)
         page = await rig.leader.call(asks.ListTasks(status="completed"))
         assert [task.task_id for task in page.tasks] == [task.task_id for task in reversed(tasks[2:])]
-        assert (page.total, rig.snapshot.finished, len(rig.leader._recent)) == (3, 3, 3)
+        assert (page.total, rig.snapshot.finished, len(rig.leader._answers._recent)) == (3, 3, 3)
         await trio.sleep(60)
         assert (await rig.leader.call(asks.ListTasks())).total == 0
         left = {key.partition("/")[0] for key in rig.store.data}
