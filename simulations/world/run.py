@@ -13,12 +13,12 @@ from simulations.bugs.world import switched_on
 from simulations.errors import InvariantViolated
 from simulations.outcome import CLUSTER, Mark, Outcome
 from simulations.scenario import Scenario
+from simulations.world.clients import Clients
 from simulations.world.durable import Durable
 from simulations.world.faults import Injector
 from simulations.world.fleet import Fleet
 from simulations.world.host import SimHost
 from simulations.world.kernel import World, run_world
-from simulations.world.workload import Clients
 
 _LOOK_S = 0.1  # how often what can be seen from outside is checked
 _LEADER_S_MAX = 60.0  # after the faults: until one leads and all follow
@@ -66,7 +66,14 @@ class Cluster:
         self.injector = Injector(
             world, fleet.hosts, fleet.network, fleet.gossip, fleet.store, fleet.key_holder
         )
-        self.clients = Clients(world, fleet.cluster_of, scenario, self.durable.acknowledged)
+        self.clients = Clients(
+            world,
+            fleet.cluster_of,
+            scenario,
+            self.durable.acknowledged,
+            process_of=lambda peer_id: fleet.hosts[peer_id].incarnation,
+            oldest_event=lambda: self.durable.first_event,
+        )
         self._epochs_obeyed: dict[tuple[str, int], int] = {}
         self._moved_at = 0.0  # the last load or unload
         self._leading: dict[tuple[str, int], float] = {}  # (peer, epoch): since
