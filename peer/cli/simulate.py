@@ -345,6 +345,6 @@ def _bugs(options: dict[str, Any]) -> int:
 
 
 def _rehearse(path: Path, report: str | None) -> int:
-    from simulations.rehearsal.command import rehearse
+    from simulations.rehearsal.command import main
 
-    return rehearse(path, Path(report) if report else None)
+    return main(path, Path(report) if report else None)
