@@ -18,7 +18,17 @@ import numpy.typing as npt
 
 from engine.chat import prompt_tokens
 from engine.errors import RunError
-from engine.protocol import Finished, FinishReason, Message, Run, RunFailed, Started, Tokens
+from engine.protocol import (
+    Finished,
+    FinishReason,
+    Logprobs,
+    Message,
+    Run,
+    RunFailed,
+    Started,
+    TokenLogprob,
+    Tokens,
+)
 from engine.sampling import Sampler, StopStrings
 from engine.tokenizer import Detokenizer, Vocabulary
 
@@ -129,7 +139,8 @@ class Batcher:
                 f"the prompt has {len(prompt)} tokens and the model's context here is {self._model.context}"
             )
             raise RunError("prompt_too_long", text)
-        return _Waiting(run, prompt, Sampler(run.parameters, prompt))
+        sampler = Sampler(run.parameters, prompt, len(self._vocabulary.pieces))
+        return _Waiting(run, prompt, sampler)
 
     def cancel(self, run_id: str) -> list[Message]:
         """End a run now; nothing for one that is not here."""
@@ -218,6 +229,7 @@ class Batcher:
     def _take_logits(self, run: _Active, logits: npt.NDArray[np.float32]) -> list[Message]:
         if not np.isfinite(logits.sum()):
             raise DeviceFault(f"the logits of run {run.run_id} are not finite")
+        logits = logits[: len(self._vocabulary.pieces)]  # a matrix may be padded beyond its tokens
         token = run.sampler.choose(logits)
         if run.generated == 0:
             run.first_token_s = time.monotonic() - run.started_s
@@ -226,13 +238,24 @@ class Batcher:
         run.generated += 1
         run.next_token = token
         text, stopped = run.stops.push(run.detokenizer.push(token))
-        messages: list[Message] = [Tokens(run_id=run.run_id, text=text, count=1)]
+        logprobs = self._logprobs(run, logits, token)
+        messages: list[Message] = [Tokens(run_id=run.run_id, text=text, count=1, logprobs=logprobs)]
         if stopped:
             return messages + self._end(run, "stop")
         full = len(run.prompt) + run.generated >= self._model.context
         if full or run.generated >= run.max_tokens:
             return messages + self._end(run, "length", flush=True)
         return messages
+
+    def _logprobs(self, run: _Active, logits: npt.NDArray[np.float32], token: int) -> list[Logprobs]:
+        if run.sampler.top_logprobs is None:
+            return []
+        own, best = run.sampler.logprobs(logits, token)
+        return [Logprobs(self._logprob(token, own), [self._logprob(*each) for each in best])]
+
+    def _logprob(self, token: int, value: float) -> TokenLogprob:
+        piece = self._vocabulary.pieces[token]
+        return TokenLogprob(piece.decode("utf-8", "replace"), piece, value)
 
     def _end(self, run: _Active, reason: FinishReason, flush: bool = False) -> list[Message]:
         """Free its slot. `flush` gives the text that was held back for a stop string or an open character."""

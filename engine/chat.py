@@ -1,33 +1,12 @@
-"""A run's parameters to the text that the model reads, by the model's own chat template.
-
-Templates come with model files, so they run in jinja2's immutable sandbox.
-"""
+"""A run's parameters to the text that the model reads, by the model's own chat template."""
 
 from __future__ import annotations
 
-import functools
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
+from engine import templates
 from engine.errors import RunError
 from engine.tokenizer import Vocabulary
-
-
-class _TemplateRefuses(Exception):
-    """The template called raise_exception."""
-
-
-def _raise(message: str) -> NoReturn:
-    raise _TemplateRefuses(message)
-
-
-@functools.lru_cache(maxsize=16)
-def _template(source: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _raise
-    return environment.from_string(source)
 
 
 def render(vocabulary: Vocabulary, parameters: dict[str, Any]) -> str:
@@ -44,17 +23,19 @@ def render(vocabulary: Vocabulary, parameters: dict[str, Any]) -> str:
         return str(prompt)
     if prompt is not None:
         messages = [{"role": "user", "content": str(prompt)}]
+    variables = {
+        "messages": messages,
+        "add_generation_prompt": True,
+        "bos_token": vocabulary.name(vocabulary.begin),
+        "eos_token": vocabulary.name(vocabulary.end),
+        "tools": None,
+        "documents": None,
+    }
     try:
-        return _template(vocabulary.chat_template).render(
-            messages=messages,
-            add_generation_prompt=True,
-            bos_token=vocabulary.name(vocabulary.begin),
-            eos_token=vocabulary.name(vocabulary.end),
-        )
-    except (jinja2.TemplateError, _TemplateRefuses, TypeError, KeyError, ValueError) as error:
-        raise RunError(
-            "bad_parameters", f"the model's chat template refuses these messages: {error}"
-        ) from error
+        return templates.render(vocabulary.chat_template, variables)
+    except templates.TemplateError as error:
+        text = f"the model's chat template refuses these messages: {error}"
+        raise RunError("bad_parameters", text) from error
 
 
 def prompt_tokens(vocabulary: Vocabulary, parameters: dict[str, Any]) -> list[int]:

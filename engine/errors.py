@@ -12,10 +12,15 @@ Anything else that is raised on the device's thread is a device failure or a bug
 from __future__ import annotations
 
 
+MESSAGE_MAX = 1500  # characters: a hostile file may have names of megabytes
+
+
 class EngineError(Exception):
-    """`code` is for machines, the message for people."""
+    """`code` is for machines, the message for people; of a very long one the middle is left out."""
 
     def __init__(self, code: str, message: str) -> None:
+        if len(message) > MESSAGE_MAX:
+            message = f"{message[: MESSAGE_MAX // 2]} ... {message[-MESSAGE_MAX // 2 :]}"
         super().__init__(message)
         self.code = code
 

@@ -157,12 +157,28 @@ class Started(Message, frozen=True, tag="started"):
     prompt_tokens: int
 
 
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token's natural logarithm of its probability. `piece` may be part of a character, `text` shows it."""
+
+    text: str
+    piece: bytes
+    logprob: float
+
+
+class Logprobs(msgspec.Struct, frozen=True):
+    """Of one generated token, by the model's own logits; `best` are the likeliest ones in its place."""
+
+    token: TokenLogprob
+    best: list[TokenLogprob] = []
+
+
 class Tokens(Message, frozen=True, tag="tokens"):
     """Text generated since the last one. `text` may be empty while a character is incomplete."""
 
     run_id: str
     text: str
     count: int
+    logprobs: list[Logprobs] = []  # one for each of `count` when the run asked for them
 
 
 class Finished(Message, frozen=True, tag="finished"):

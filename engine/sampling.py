@@ -1,11 +1,14 @@
 """From logits to a token, on the host; and stop strings.
 
-Greedy at temperature 0. Otherwise repetition penalty, temperature, top-k, top-p in that order, then one draw from the
-run's own generator, so that a seed gives the same text whatever else runs beside it.
+In this order: logit biases, repetition penalty (of tokens in prompt and text), frequency and presence penalties (of
+tokens in the text), temperature, top-k, top-p, min-p, and one draw from the run's own generator, so that a seed gives
+the same text whatever else runs beside it. At temperature 0 the best token is taken after the penalties. Log
+probabilities are the model's own: of the logits before all of this.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,36 +18,75 @@ import numpy.typing as npt
 from engine.errors import RunError
 
 Logits = npt.NDArray[np.float32]
+BIASES_MAX = 1024
+TOP_LOGPROBS_MAX = 20
+_GREEDY = 0.0
 
 
 class Sampler:
-    """One run's way of choosing tokens. Raises RunError `bad_parameters` on values that make no sense."""
+    """One run's way of choosing tokens. Raises RunError `bad_parameters` on values that make no sense.
 
-    def __init__(self, parameters: Mapping[str, Any], prompt: Iterable[int] = ()) -> None:
+    `tokens` is the size of the vocabulary, 0 if it does not matter.
+    """
+
+    def __init__(self, parameters: Mapping[str, Any], prompt: Iterable[int] = (), tokens: int = 0) -> None:
         self.temperature = _number(parameters, "temperature", 0.7, 0.0, 100.0)
         self.top_p = _number(parameters, "top_p", 1.0, 0.0, 1.0)
         self.top_k = int(_number(parameters, "top_k", 0, 0, 1 << 31))
+        self.min_p = _number(parameters, "min_p", 0.0, 0.0, 1.0)
         self.penalty = _number(parameters, "repetition_penalty", 1.0, 0.01, 100.0)
+        self.presence = _number(parameters, "presence_penalty", 0.0, -2.0, 2.0)
+        self.frequency = _number(parameters, "frequency_penalty", 0.0, -2.0, 2.0)
+        self.top_logprobs = _logprobs(parameters)
+        self._biases = _biases(parameters, tokens)
         self._seen = set(prompt) if self.penalty != 1.0 else set()
+        self._counts: Counter[int] = Counter()
         self._random = np.random.default_rng(parameters.get("seed"))
 
     def choose(self, logits: Logits) -> int:
         """logits [V] -> token."""
-        if self.penalty != 1.0:
-            logits = self._penalised(logits)
-        token = int(logits.argmax()) if self.temperature == 0 else self._draw(logits)
+        logits = self._changed(logits)
+        if self.temperature == _GREEDY:
+            token = int(logits.argmax())
+        else:
+            candidates, weights = self._distribution(logits)
+            at = int(np.searchsorted(np.cumsum(weights), self._random.random(), side="right"))
+            token = int(candidates[min(at, len(weights) - 1)])
         if self.penalty != 1.0:
             self._seen.add(token)
+        if self.presence or self.frequency:
+            self._counts[token] += 1
         return token
 
-    def _penalised(self, logits: Logits) -> Logits:
-        logits = logits.copy()
-        seen = np.fromiter(self._seen, dtype=np.int64)
-        values = logits[seen]
-        logits[seen] = np.where(values > 0, values / self.penalty, values * self.penalty)
+    def probabilities(self, logits: Logits) -> npt.NDArray[np.float64]:
+        """What `choose` would draw from, [V]."""
+        changed = self._changed(logits)
+        out = np.zeros(len(logits))
+        if self.temperature == _GREEDY:
+            out[int(changed.argmax())] = 1.0
+        else:
+            candidates, weights = self._distribution(changed)
+            out[candidates] = weights
+        return out
+
+    def _changed(self, logits: Logits) -> Logits:
+        """With biases and penalties; the caller's array stays as it is."""
+        if self._biases:
+            logits = logits.copy()
+            logits[list(self._biases)] += np.fromiter(self._biases.values(), dtype=np.float32)
+        if self._seen:
+            logits = logits.copy()
+            seen = np.fromiter(self._seen, dtype=np.int64)
+            values = logits[seen]
+            logits[seen] = np.where(values > 0, values / self.penalty, values * self.penalty)
+        if self._counts:
+            logits = logits.copy()
+            counts = np.fromiter(self._counts.values(), dtype=np.float32)
+            logits[list(self._counts)] -= self.frequency * counts + self.presence
         return logits
 
-    def _draw(self, logits: Logits) -> int:
+    def _distribution(self, logits: Logits) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+        """Tokens that may be drawn and their probabilities."""
         candidates: npt.NDArray[np.int64] | None = None
         if 0 < self.top_k < len(logits):
             candidates = np.argpartition(logits, -self.top_k)[-self.top_k :].astype(np.int64)
@@ -54,13 +96,58 @@ class Sampler:
         if self.top_p < 1.0:
             order = np.argsort(-weights, kind="stable")
             kept = int(np.searchsorted(np.cumsum(weights[order]), self.top_p)) + 1
-            order = order[:kept]
-            weights = weights[order] / weights[order].sum()
-            candidates = order.astype(np.int64) if candidates is None else candidates[order]
-        drawn = min(
-            int(np.searchsorted(np.cumsum(weights), self._random.random(), side="right")), len(weights) - 1
-        )
-        return drawn if candidates is None else int(candidates[drawn])
+            weights, candidates = _only(order[:kept], weights, candidates)
+        if self.min_p > 0.0:
+            likely = np.flatnonzero(weights >= self.min_p * weights.max())
+            weights, candidates = _only(likely, weights, candidates)
+        return np.arange(len(weights)) if candidates is None else candidates, weights
+
+    def logprobs(self, logits: Logits, token: int) -> tuple[float, list[tuple[int, float]]]:
+        """The log probability of `token`, and the `top_logprobs` best tokens with theirs, best first."""
+        values = logits.astype(np.float64)
+        values -= values.max()
+        values -= np.log(np.exp(values).sum())
+        count = min(self.top_logprobs or 0, len(values))
+        best = np.argpartition(-values, count - 1)[:count] if count else np.zeros(0, dtype=np.int64)
+        best = best[np.lexsort((best, -values[best]))]
+        return float(values[token]), [(int(each), float(values[each])) for each in best]
+
+
+def _only(
+    kept: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], candidates: npt.NDArray[np.int64] | None
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    weights = weights[kept]
+    kept = kept.astype(np.int64)
+    return weights / weights.sum(), kept if candidates is None else candidates[kept]
+
+
+def _logprobs(parameters: Mapping[str, Any]) -> int | None:
+    """How many of the best tokens are told beside each one; None when no log probabilities are wanted."""
+    wanted = parameters.get("logprobs")
+    if wanted is not None and not isinstance(wanted, bool):
+        raise RunError("bad_parameters", "logprobs must be true or false")
+    count = _number(parameters, "top_logprobs", 0, 0, TOP_LOGPROBS_MAX)
+    if count != int(count) or (count and not wanted):
+        raise RunError("bad_parameters", "top_logprobs must be a whole number, and needs logprobs")
+    return int(count) if wanted else None
+
+
+def _biases(parameters: Mapping[str, Any], tokens: int) -> dict[int, float]:
+    """`logit_bias`: token (a number, or its digits as JSON objects have them) -> what is added, -100 to 100."""
+    given = parameters.get("logit_bias")
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or len(given) > BIASES_MAX:
+        raise RunError("bad_parameters", f"logit_bias must be an object of at most {BIASES_MAX} tokens")
+    found = {}
+    for key, value in given.items():
+        digits = str(key)
+        if not digits.isascii() or not digits.isdigit() or len(digits) > 9:
+            raise RunError("bad_parameters", f"logit_bias has {digits[:20]!r}, which is no token's number")
+        if tokens and int(digits) >= tokens:
+            raise RunError("bad_parameters", f"logit_bias has token {digits}, and this model has {tokens}")
+        found[int(digits)] = _number({"logit_bias": value}, "logit_bias", 0.0, -100.0, 100.0)
+    return found
 
 
 def _number(parameters: Mapping[str, Any], name: str, default: float, least: float, most: float) -> float:

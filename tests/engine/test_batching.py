@@ -145,3 +145,28 @@ def test_impossible_logits_are_a_device_fault(batcher: Batcher, model: Successor
     (failed,) = batcher.fail_all("device_failed", "x")
     assert isinstance(failed, RunFailed)
     assert failed.retryable
+
+
+def test_logprobs_and_padded_logits(vocabulary: Vocabulary) -> None:
+    """A matrix may have rows beyond the last token: they are never chosen."""
+    count = len(vocabulary.pieces)
+
+    class Padded(Successor):
+        def step(self, rows: Sequence[Row], wanted: Sequence[int]) -> np.ndarray:
+            logits = super().step(rows, wanted)[:, : count + 9]
+            logits[:, count:] = 100.0
+            return logits
+
+    batcher = Batcher(Padded(count + 9), vocabulary)
+    assert batcher.add(run("r", max_tokens=3, logprobs=True, top_logprobs=2)) == []
+    assert batcher.add(run("plain", max_tokens=3)) == []
+    given = [m for m in until_done(batcher) if isinstance(m, Tokens) and m.count]
+    for message in given:
+        assert len(message.logprobs) == (message.run_id == "r")
+    best = [message.logprobs[0] for message in given if message.run_id == "r"]
+    assert len(best) == 3
+    for each in best:
+        assert each.best[0] == each.token
+        assert len(each.best) == 2
+        assert each.token.logprob > each.best[1].logprob
+        assert each.token.piece.decode("utf-8", "replace") == each.token.text

@@ -1,0 +1,136 @@
+"""Sampling beside a plain implementation that does one thing after the other on whole distributions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.errors import RunError
+from engine.protocol import Frames, Logprobs, TokenLogprob, Tokens, encode
+from engine.sampling import Sampler
+
+VOCABULARY = 12
+
+
+def plain(logits: list[float], given: dict[str, Any], prompt: list[int], text: list[int]) -> list[float]:
+    """Probabilities by the definitions, in lists."""
+    values = [value + given["logit_bias"].get(token, 0.0) for token, value in enumerate(logits)]
+    for token in set(prompt + text):
+        factor = given["repetition_penalty"]
+        values[token] = values[token] / factor if values[token] > 0 else values[token] * factor
+    for token in set(text):
+        values[token] -= given["frequency_penalty"] * text.count(token) + given["presence_penalty"]
+    if given["temperature"] == 0:
+        best = values.index(max(values))
+        return [float(token == best) for token in range(len(values))]
+    order = sorted(range(len(values)), key=lambda token: -values[token])
+    if given["top_k"]:
+        order = order[: given["top_k"]]
+    weights = {token: math.exp((values[token] - max(values)) / given["temperature"]) for token in order}
+    total = sum(weights.values())
+    kept, reached = [], 0.0
+    for token in order:
+        kept.append(token)
+        reached += weights[token] / total
+        if reached >= given["top_p"]:
+            break
+    kept = [token for token in kept if weights[token] >= given["min_p"] * weights[order[0]]]
+    total = sum(weights[token] for token in kept)
+    return [weights[token] / total if token in kept else 0.0 for token in range(len(values))]
+
+
+parameters = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0, 0.3, 1.0, 2.5]),
+        "top_k": st.sampled_from([0, 1, 3, 50]),
+        "top_p": st.sampled_from([1.0, 0.9, 0.55]),
+        "min_p": st.sampled_from([0.0, 0.03, 0.31]),
+        "repetition_penalty": st.sampled_from([1.0, 1.3, 0.7]),
+        "presence_penalty": st.sampled_from([0.0, 0.7, -1.1]),
+        "frequency_penalty": st.sampled_from([0.0, 0.4, -0.3]),
+        "logit_bias": st.dictionaries(
+            st.integers(0, VOCABULARY - 1), st.sampled_from([-100.0, 2.5]), max_size=3
+        ),
+    }
+)
+# distinct by more than rounding, so that no tie decides
+distinct = st.permutations([round(-4 + 0.713 * index, 3) for index in range(VOCABULARY)])
+tokens = st.lists(st.integers(0, VOCABULARY - 1), max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(distinct, parameters, tokens, tokens)
+def test_equal_to_the_plain_implementation(
+    logits: list[float], given_: dict[str, Any], prompt: list[int], text: list[int]
+) -> None:
+    sampler = Sampler(given_ | {"logit_bias": {str(t): b for t, b in given_["logit_bias"].items()}}, prompt)
+    for token in text:  # each was chosen before: a bias that nothing else comes near
+        forced = np.full(VOCABULARY, -1e6, dtype=np.float32)
+        forced[token] = 1e6
+        assert sampler.choose(forced) == token
+    values = np.array(logits, dtype=np.float32)
+    before = values.copy()
+    np.testing.assert_allclose(
+        sampler.probabilities(values), plain(logits, given_, prompt, text), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_array_equal(values, before)
+
+
+def test_draws_follow_the_probabilities() -> None:
+    values = np.random.default_rng(2).standard_normal(VOCABULARY).astype(np.float32)
+    sampler = Sampler({"seed": 5, "temperature": 0.9, "top_k": 9, "top_p": 0.95, "min_p": 0.05})
+    counts = np.bincount([sampler.choose(values) for _ in range(20_000)], minlength=VOCABULARY) / 20_000
+    right = sampler.probabilities(values)
+    assert np.abs(counts - right).max() < 0.02
+    assert not counts[right == 0].any()
+
+
+@given(distinct, st.integers(0, 20), st.integers(0, VOCABULARY - 1))
+def test_logprobs(logits: list[float], count: int, token: int) -> None:
+    sampler = Sampler({"logprobs": True, "top_logprobs": count, "temperature": 0.1, "presence_penalty": 1})
+    own, best = sampler.logprobs(np.array(logits, dtype=np.float32), token)
+    total = math.log(sum(math.exp(value) for value in logits))
+    assert own == pytest.approx(logits[token] - total, abs=1e-5)
+    order = sorted(range(VOCABULARY), key=lambda token: -logits[token])
+    assert [each for each, _ in best] == order[:count]
+    assert [value for _, value in best] == pytest.approx([logits[t] - total for t in order[:count]], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"min_p": 1.5},
+        {"min_p": True},
+        {"presence_penalty": -2.1},
+        {"frequency_penalty": "much"},
+        {"frequency_penalty": math.nan},
+        {"logit_bias": [1]},
+        {"logit_bias": {"x": 1}},
+        {"logit_bias": {"-1": 1}},
+        {"logit_bias": {"\u0663": 1}},
+        {"logit_bias": {"12": 1}},
+        {"logit_bias": {"1": 101}},
+        {"logit_bias": {str(token): 1 for token in range(1025)}},
+        {"logprobs": 3},
+        {"logprobs": True, "top_logprobs": 21},
+        {"logprobs": True, "top_logprobs": 1.5},
+        {"top_logprobs": 2},
+    ],
+)
+def test_senseless_parameters(bad: dict[str, Any]) -> None:
+    with pytest.raises(RunError) as caught:
+        Sampler(bad, tokens=VOCABULARY)
+    assert caught.value.code == "bad_parameters"
+
+
+def test_logprobs_cross_the_socket() -> None:
+    one = Logprobs(TokenLogprob("\ufffd", b"\xf0", -0.5), [TokenLogprob("a", b"a", -1.0)])
+    sent = Tokens(run_id="r", text="", count=1, logprobs=[one])
+    assert Frames("peer").feed(encode(sent)) == [sent]
+    old = Tokens(run_id="r", text="", count=1)
+    assert Frames("peer").feed(encode(old)) == [old]
