@@ -34,6 +34,7 @@ ENVIRONMENT_OTHER = frozenset(
         "BITINGLIP_ENGINE_FD",  # from a peer to its engine
         "BITINGLIP_URL",  # the rest is the command line's
         "BITINGLIP_KEY",
+        "BITINGLIP_TOKEN",
     }
 )
 # Kubernetes sets these in every pod of a namespace that has a service called bitinglip.

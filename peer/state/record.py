@@ -15,6 +15,7 @@ from urllib.parse import quote
 import msgspec
 
 from peer.state.base import Record
+from peer.state.enrol import Host, JoinToken, Revocation
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.metric import Bucket
@@ -55,6 +56,9 @@ _KEYS: Mapping[type[Record], Callable[[Any], str]] = MappingProxyType(
         Event: lambda r: f"event/{r.id:016d}",
         Bucket: lambda r: f"metric/{r.resolution}/{r.start:012d}",
         Plan: lambda r: f"plan/{r.rebalance_id}",
+        JoinToken: lambda r: f"join/{_name(r.token_id)}",
+        Host: lambda r: f"host/{_name(r.peer_id)}",
+        Revocation: lambda r: f"revoked/{_name(r.peer_id)}",
     }
 )
 
