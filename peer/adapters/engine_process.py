@@ -45,6 +45,7 @@ from engine.protocol import (
     encode,
 )
 from peer import limits
+from peer.adapters.child import exited
 from peer.adapters.engine_log import log_lines
 from peer.adapters.supervision import after_death
 from peer.engines import Device, EngineEvents
@@ -282,7 +283,7 @@ class EngineProcess:
                     end = self._end
                     if end.kind in ("restart", "stop", "unusable"):
                         with trio.move_on_after(self._allowed.stop_s_max):
-                            await _exited(process)
+                            await exited(process)
                     inner.cancel_scope.cancel()
                 await self._put_down(process)
                 nursery.cancel_scope.deadline = trio.current_time() + OUTPUT_S_MAX
@@ -328,7 +329,7 @@ class EngineProcess:
             return
         _kill_group(process.pid)
         with trio.CancelScope(shield=True), trio.move_on_after(REAP_S_MAX):
-            await _exited(process)
+            await exited(process)
         if process.poll() is None:
             self._log.error("engine_cannot_be_killed", pid=process.pid, waited_s=REAP_S_MAX)
 
@@ -440,19 +441,29 @@ class EngineProcess:
 
     async def _watch(self) -> None:
         pause_s = min(WATCH_S, min(self._allowed.stall_s.values()) / 4)
+        due = trio.current_time() + pause_s
         while True:
-            await trio.sleep(pause_s)
-            silent_s = trio.current_time() - self._heard_at
-            if silent_s > self._silence_s_max():
-                phase = self._phase if self._ready else "start"
-                self._finish("died", f"it gave no sign of life for {silent_s:.1f} s in phase {phase}")
+            await trio.sleep_until(due)
+            now = trio.current_time()
+            self._look(now, now - due)
+            due = now + pause_s
+
+    def _look(self, now: float, late_s: float) -> None:
+        """Whether it has been silent for too long. `late_s`: how long this peer itself was held up (stopped, starved):
+        it heard nothing then, whatever the engine said."""
+        if late_s > WATCH_S:
+            self._heard_at += late_s
+        silent_s = now - self._heard_at
+        if silent_s > self._silence_s_max():
+            phase = self._phase if self._ready else "start"
+            self._finish("died", f"it gave no sign of life for {silent_s:.1f} s in phase {phase}")
 
     async def _explain_exit(self) -> None:
         """The socket is closed: say how the process ended."""
         process = self._process
         assert process is not None
         with trio.move_on_after(1.0):
-            await _exited(process)
+            await exited(process)
         status = process.poll()
         if status is None:
             self._finish("died", "it closed its connection")
@@ -465,15 +476,3 @@ class EngineProcess:
 def _kill_group(pid: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-
-
-async def _exited(process: subprocess.Popen[bytes]) -> None:
-    """Wait for the process without a thread, and collect its status."""
-    if process.poll() is not None:
-        return
-    descriptor = os.pidfd_open(process.pid)
-    try:
-        await trio.lowlevel.wait_readable(descriptor)
-    finally:
-        os.close(descriptor)
-    process.poll()

@@ -180,10 +180,12 @@ class SimEngine(EngineProcess):
         planned = trio.current_time()
         while self._end is None:
             now = trio.current_time()
-            if now > planned + WATCH_S and self._rng.random() < 0.5:
-                self._watch_silence(now)
+            late_s = max(0.0, now - planned)
+            if late_s > WATCH_S and self._rng.random() < 0.5:
+                self._look(now, late_s)
+                late_s = 0.0
             self._hear(work, now)
-            self._watch_silence(now)
+            self._look(now, late_s)
             if self._end is not None:
                 return
             planned = min(work.due(), self._heard_at + self._silence_s_max() + WATCH_S)
@@ -207,9 +209,3 @@ class SimEngine(EngineProcess):
             self._finish("died", "it sent bytes that are not the protocol: simulated")
         if work.exited is not None:
             self._finish("died", f"it exited with status {work.exited}")
-
-    def _watch_silence(self, now: float) -> None:
-        silent_s = now - self._heard_at
-        if silent_s > self._silence_s_max():
-            phase = self._phase if self._ready else "start"
-            self._finish("died", f"it gave no sign of life for {silent_s:.1f} s in phase {phase}")
