@@ -16,7 +16,7 @@ from msgspec.structs import replace as changed
 
 from peer import cluster_peer, establish, routing
 from peer.adapters.fenced_commits import FencedCommits
-from peer.decide import elect, record, retain, schedule
+from peer.decide import admit, elect, record, retain, schedule
 from peer.decide.decision import Decision
 from peer.decide.elect import Depose
 from peer.election import Election, Leadership
@@ -165,6 +165,8 @@ async def _reads_what_is_in_flight(self: Leader) -> AsyncIterator[None]:
 # ---------------------------------------------------------------- executors
 
 _order = Executor.order
+_follow = Follower._follow
+_first_of = admit.first_of
 
 
 async def _obeys_any_epoch(self: Executor, order: Any) -> None:
@@ -190,12 +192,6 @@ def _loading(wrong: Callable[[Snapshot], None]) -> Any:
         return snapshot
 
     return load
-
-
-def _keys_forgotten(snapshot: Snapshot) -> None:
-    for task in list(snapshot.tasks.values()):
-        if task.idempotency_key:
-            snapshot.idempotency.clear()
 
 
 def _event_number_repeated(snapshot: Snapshot) -> None:
@@ -288,10 +284,13 @@ async def _wakes_nobody(self: Leadership) -> None:
     await trio.sleep_forever()
 
 
-def _session_kept_silent(self: Follower, session: Any, welcome: wire.Welcome) -> None:
-    """A new leader is not told what runs here."""
-    self._session, self.leader, self.epoch = session, welcome.peer_id, welcome.epoch
-    self._change()
+async def _follows_any_leader(self: Follower, session: Any, welcome: wire.Welcome) -> None:
+    """The epoch in the welcome is not looked at."""
+    await _follow(self, session, changed(welcome, epoch=1 << 60))
+
+
+def _finished_keys_forgotten(snapshot: Snapshot, command: Any, stored: Any) -> str | None:
+    return _first_of(snapshot, command, None)
 
 
 BUGS: Final[Mapping[str, Bug]] = MappingProxyType(
@@ -325,11 +324,14 @@ BUGS: Final[Mapping[str, Bug]] = MappingProxyType(
         "reads_in_flight": Bug(
             "queries do not wait for the commit", ((Leader, "_settled", _reads_what_is_in_flight),)
         ),
-        "obeys_any_epoch": Bug("an executor obeys older leaders", ((Executor, "order", _obeys_any_epoch),)),
+        "obeys_any_epoch": Bug(
+            "a peer follows and obeys older leaders",
+            ((Executor, "order", _obeys_any_epoch), (Follower, "_follow", _follows_any_leader)),
+        ),
         "forgets_its_epoch": Bug("the newest epoch is not kept", ((Executor, "order", _forgets_its_epoch),)),
-        "keys_forgotten": Bug(
-            "a new leader does not know the idempotency keys of live tasks",
-            ((cluster_peer, "load_snapshot", _loading(_keys_forgotten)),),
+        "finished_keys_forgotten": Bug(
+            "the idempotency keys of finished tasks are not looked up",
+            ((admit, "first_of", _finished_keys_forgotten),),
         ),
         "event_number_repeated": Bug(
             "a new leader numbers from the last event",
@@ -363,9 +365,6 @@ BUGS: Final[Mapping[str, Bug]] = MappingProxyType(
             ((routing.RoutedCluster, "_all_events", _events_resumed_early),),
         ),
         "wakes_nobody": Bug("who waits for a beat is not woken", ((Leadership, "renewed", _wakes_nobody),)),
-        "session_kept_silent": Bug(
-            "a new leader is not told what runs here", ((Follower, "_begin", _session_kept_silent),)
-        ),
     }
 )
 
