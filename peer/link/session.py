@@ -21,6 +21,7 @@ class Session:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._send, self._outbox = trio.open_memory_channel[bytes](limits.FRAMES_WAITING_MAX)
+        self._heard_at = trio.current_time()
         self._broken = ""
         self._over = trio.Event()
 
@@ -90,17 +91,24 @@ class Session:
 
     async def _frames(self) -> AsyncIterator[wire.Frame]:
         while True:
-            frame = wire.decode(await receive(self._connection))
-            if not isinstance(frame, wire.Ping):
-                yield frame
+            data = await self._connection.receive()
+            self._heard_at = trio.current_time()
+            if data != _PING:
+                yield wire.decode(data)
 
     async def _write(self) -> None:
         while True:
-            data = _PING
+            data, due = _PING, trio.current_time() + limits.PING_S
             try:
-                with trio.move_on_after(limits.PING_S):
+                with trio.move_on_at(due):
                     data = await self._outbox.receive()
             except trio.ClosedResourceError:
+                return
+            now = trio.current_time()
+            if now - due > limits.PING_S:  # this peer itself was held up, and heard nothing, whatever was said
+                self._heard_at += now - due
+            if now - self._heard_at > limits.LINK_SILENT_S:
+                self.end(f"nothing heard from {self.peer_id} for {limits.LINK_SILENT_S:g} s")
                 return
             with trio.move_on_after(limits.LINK_SILENT_S) as patience:
                 try:
@@ -114,7 +122,7 @@ class Session:
 
 
 async def receive(connection: Connection) -> bytes:
-    """The next frame. Raises Unavailable when none comes within limits.LINK_SILENT_S."""
+    """The first frame of a connection. Raises Unavailable when none comes within limits.LINK_SILENT_S."""
     with trio.move_on_after(limits.LINK_SILENT_S):
         return await connection.receive()
     raise Unavailable(

@@ -10,8 +10,8 @@ from simulations.scenario import Fault, Scenario
 from simulations.world.faults import KINDS, kind
 from simulations.world.workload import draw_ops
 
-HOSTS = (3, 7)
-FAULT_S = (60.0, 150.0)
+HOSTS = (3, 3, 3, 4, 4, 5, 5, 6, 7)  # as often as it is listed
+FAULT_S = (60.0, 400.0)
 CALM = 0.05  # of all runs know no fault at all
 KNOWN = 0.25  # of the kinds, in the others
 FAULTS_PER_MINUTE = (0.5, 14.0)  # of the cluster, in all
@@ -21,7 +21,7 @@ BURST = 0.15  # of the runs have their faults close together
 
 def draw(seed: int, *, hosts: int | None = None, fault_s: float | None = None) -> Scenario:
     rng = random.Random(f"{seed}/scenario")
-    many = hosts if hosts is not None else rng.randint(*HOSTS)
+    many = hosts if hosts is not None else rng.choice(HOSTS)
     voters = 5 if many >= 5 and rng.random() < 0.3 else 3 if many >= 3 else 1
     seconds = fault_s if fault_s is not None else rng.uniform(*FAULT_S)
     peers = tuple(f"h{number}" for number in range(1, many + 1))

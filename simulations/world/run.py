@@ -20,7 +20,7 @@ from simulations.world.fleet import Fleet
 from simulations.world.host import SimHost
 from simulations.world.kernel import World, run_world
 
-_LOOK_S = 0.1  # how often what can be seen from outside is checked
+_LOOK_S = 0.2  # how often what can be seen from outside is checked
 _LEADER_S_MAX = 60.0  # after the faults: until one leads and all follow
 _TASKS_S_MAX = 900.0  # until every task has ended: quarantines last 600 s, time-outs 60 s
 _QUIET_S = 20.0  # without a load or unload: the placement has settled
@@ -107,7 +107,7 @@ class Cluster:
         while why := wrong():
             if self.world.now() >= give_up_at:
                 self.world.violated(check, f"{limit_s:g} s after the faults: {why}")
-            await trio.sleep(_LOOK_S * 5)
+            await trio.sleep(0.5)
 
     # ---------------------------------------------------------------- after the faults
 
