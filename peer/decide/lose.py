@@ -7,25 +7,32 @@ as soon as one of its workers reports.
 from __future__ import annotations
 
 from peer.decide.decision import Decision
-from peer.decide.workers import long_unheard
 from peer.limits import LOSS_CONFIRM_S, LOSS_WINDOW_S, RELINK_S, STARVED_S, WORKER_SILENT_S
-from peer.state.snapshot import Linked, Lose, Snapshot, Ticked
+from peer.state.snapshot import Linked, Lose, Silent, Snapshot, Ticked
 
 
 def wake(snapshot: Snapshot, now: float) -> Decision:
-    """The first decision of every tick. If the last one was long ago, this leader slept, and others are not to blame.
+    """The first decision of every tick: who has been silent for too long.
 
-    Who was silent before stays so: sleep raises nobody from the dead.
+    If the last tick was long ago, this leader slept, and others are not to blame. Who was silent before stays so: sleep
+    raises nobody from the dead.
     """
     asleep_s = now - snapshot.ticked_at
-    if not snapshot.ticked_at or asleep_s <= STARVED_S:
-        return Decision(changes=[Ticked(now)])
-    decision = Decision(reasons=[f"this leader was not awake for {asleep_s:.1f} s"])
-    excused = [w for w in snapshot.workers if snapshot.silence_s(w, snapshot.ticked_at) <= WORKER_SILENT_S]
-    decision.changes.append(Ticked(now, tuple(excused)))
-    for peer_id in snapshot.unlinked:
-        if peer_id not in snapshot.lost:  # it may have come up again meanwhile
-            decision.changes.append(Linked(peer_id, False, now))
+    if snapshot.ticked_at and asleep_s > STARVED_S:
+        decision = Decision(reasons=[f"this leader was not awake for {asleep_s:.1f} s"])
+        decision.changes.append(Ticked(now, slept=True))
+        for peer_id in snapshot.unlinked:
+            if peer_id not in snapshot.lost:  # it may have come up again meanwhile
+                decision.changes.append(Linked(peer_id, False, now))
+        return decision
+    silent = []
+    for worker_id, heard_at in snapshot.listened.items():
+        if now - heard_at <= WORKER_SILENT_S:
+            break  # whoever comes after was heard later
+        silent.append(worker_id)
+    decision = Decision(changes=[Ticked(now)])
+    if silent:
+        decision.changes.append(Silent(tuple(silent)))
     return decision
 
 
@@ -54,39 +61,33 @@ def _evidence(snapshot: Snapshot, now: float) -> dict[str, str]:
     for peer_id, link in snapshot.unlinked.items():
         if now - link.at > RELINK_S:
             found[peer_id] = f"its session ended {now - link.at:.1f} s ago"
-    silent = dict.fromkeys(long_unheard(snapshot, now))
-    if len(snapshot.heard_at) < len(snapshot.workers) and now - snapshot.started_at > WORKER_SILENT_S:
-        unheard = snapshot.workers.keys() - snapshot.heard_at.keys()
-        silent.update(dict.fromkeys(w for w in sorted(unheard) if _is_silent(snapshot, w, now)))
-    for worker_id in silent:
+    for worker_id in snapshot.silent:
         peer_id = snapshot.workers[worker_id].peer_id
-        if peer_id not in found and all(_is_silent(snapshot, w, now) for w in snapshot.peers[peer_id]):
-            found[peer_id] = f"it has not reported for {_silence_s(snapshot, now, peer_id):.1f} s"
+        if peer_id not in found and not any(w in snapshot.listened for w in snapshot.peers[peer_id]):
+            found[peer_id] = f"it has not reported for {now - _heard_at(snapshot, peer_id):.1f} s"
     return {p: found[p] for p in found if p not in snapshot.lost and snapshot.peers.get(p)}
 
 
-def _is_silent(snapshot: Snapshot, worker_id: str, now: float) -> bool:
-    return snapshot.silence_s(worker_id, now) > WORKER_SILENT_S
-
-
-def _silence_s(snapshot: Snapshot, now: float, peer_id: str) -> float:
-    return min(snapshot.silence_s(worker_id, now) for worker_id in snapshot.peers[peer_id])
+def _heard_at(snapshot: Snapshot, peer_id: str) -> float:
+    return max(snapshot.heard_at.get(w, snapshot.started_at) for w in snapshot.peers[peer_id])
 
 
 def _confirmed(snapshot: Snapshot, now: float, peer_id: str) -> bool:
     """By gossip that is newer than its last report, or by a long silence of which this leader slept none."""
-    silence_s = _silence_s(snapshot, now, peer_id)
-    if silence_s > LOSS_CONFIRM_S:
-        return True
+    since = max(snapshot.listened.get(w, snapshot.silent.get(w, 0.0)) for w in snapshot.peers[peer_id])
+    return now - since > LOSS_CONFIRM_S or _rumoured(snapshot, peer_id, _heard_at(snapshot, peer_id))
+
+
+def _rumoured(snapshot: Snapshot, peer_id: str, since: float) -> bool:
     rumour = snapshot.rumours.get(peer_id)
-    return rumour is not None and rumour.status in ("failed", "left") and rumour.at > now - silence_s
+    return rumour is not None and rumour.status in ("failed", "left") and rumour.at > since
 
 
 def _budget(snapshot: Snapshot, now: float) -> int:
     """How many more peers may be lost without confirmation; one at least within every window."""
     known = sum(bool(workers) for workers in snapshot.peers.values())
     allowed = max(1, int(snapshot.policy.lost_share_max * known))
-    recent = [
-        p for p, loss in snapshot.losses.items() if not loss.confirmed and now - loss.at < LOSS_WINDOW_S
-    ]
-    return allowed - sum(not _confirmed(snapshot, now, p) for p in recent)
+    return allowed - sum(
+        now - loss.at < LOSS_WINDOW_S and not loss.confirmed and not _rumoured(snapshot, peer_id, loss.at)
+        for peer_id, loss in snapshot.losses.items()
+    )

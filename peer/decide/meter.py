@@ -12,7 +12,6 @@ from types import MappingProxyType
 from msgspec.structs import replace as changed
 
 from peer.decide.decision import Decision
-from peer.decide.workers import silent
 from peer.limits import METRIC_HOURS_KEPT, METRIC_MINUTES_KEPT, METRIC_SECONDS_KEPT
 from peer.state.history import History
 from peer.state.metric import (
@@ -67,7 +66,7 @@ def sample_gauges(snapshot: Snapshot, now: float) -> Decision:
     """One sample of utilisation and memory over all devices that report; once a second."""
     utilizations, used, total, ours = [], 0, 0, 0
     for worker_id, report in snapshot.reports.items():
-        if silent(snapshot, worker_id, now):
+        if worker_id not in snapshot.listened:
             continue
         telemetry = report.telemetry
         if telemetry.utilization_percent is not None:
@@ -170,6 +169,16 @@ def worker_metrics(snapshot: Snapshot, worker_id: str, now: float) -> WorkerMetr
         error_rate=hour.failed / hour_ended if hour_ended else None,
         tokens_per_s=hour.tokens / hour.run_s if hour.run_s > 0 else None,
     )
+
+
+def speeds(snapshot: Snapshot, now: float) -> dict[str, float]:
+    """Tokens/s while running in the last hour, of every worker that ran anything."""
+    total: dict[str, tuple[int, float]] = {}
+    for bucket in _since(snapshot.history, "1s", int(now) - 3600, now):
+        for worker_id, counts in bucket.workers.items():
+            tokens, run_s = total.get(worker_id, (0, 0.0))
+            total[worker_id] = (tokens + counts.tokens, run_s + counts.run_s)
+    return {worker_id: tokens / run_s for worker_id, (tokens, run_s) in total.items() if run_s > 0}
 
 
 def _of_worker(buckets: Iterable[Bucket], worker_id: str) -> Counts:

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from msgspec.structs import replace as changed
 
 from peer.decide.decision import Decision
-from peer.decide.meter import worker_metrics
+from peer.decide.meter import speeds
 from peer.decide.place import MOVE, drain, load
 from peer.decide.workers import (
     can_run,
@@ -46,40 +46,38 @@ class Room:
     speed: float
 
 
+Models = dict[str, tuple[int, float]]  # of one worker: (bytes, load in tasks) by model
+
+
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where each movable replica is: worker, then model, to (bytes, load in tasks)."""
+    """Where each movable replica is."""
 
     rooms: Mapping[str, Room]
-    models: Mapping[str, Mapping[str, tuple[int, float]]]
+    models: Mapping[str, Models]
 
     def moved(self, model: str, source: str, target: str, size_bytes: int) -> Placement:
-        models = {worker: dict(of) for worker, of in self.models.items()}
+        models = {**self.models, source: dict(self.models[source]), target: dict(self.models[target])}
         _, tasks = models[source].pop(model)
         models[target][model] = (size_bytes, tasks)
         return Placement(self.rooms, models)
 
-    def used_bytes(self, worker: str) -> int:
-        return sum(size for size, _ in self.models[worker].values())
+
+def _used_bytes(models: Models) -> int:
+    return sum(size for size, _ in models.values())
 
 
-def _memory_cost(placement: Placement) -> float:
-    return sum((placement.used_bytes(w) / max(1, r.capacity_bytes)) ** 2 for w, r in placement.rooms.items())
+def _tasks(models: Models) -> float:
+    return sum(tasks for _, tasks in models.values())
 
 
-def _load_cost(placement: Placement) -> float:
-    return sum(sum(tasks for _, tasks in of.values()) ** 2 for of in placement.models.values())
-
-
-def _latency_cost(placement: Placement) -> float:
-    return sum(
-        (sum(tasks for _, tasks in of.values()) / placement.rooms[worker].speed) ** 2
-        for worker, of in placement.models.items()
-    )
-
-
-COSTS: Mapping[str, Callable[[Placement], float]] = MappingProxyType(
-    {"memory_optimized": _memory_cost, "load_balanced": _load_cost, "latency_optimized": _latency_cost}
+# What one worker costs; a placement costs the sum.
+COSTS: Mapping[str, Callable[[Room, Models], float]] = MappingProxyType(
+    {
+        "memory_optimized": lambda room, models: (_used_bytes(models) / max(1, room.capacity_bytes)) ** 2,
+        "load_balanced": lambda room, models: _tasks(models) ** 2,
+        "latency_optimized": lambda room, models: (_tasks(models) / room.speed) ** 2,
+    }
 )
 
 
@@ -134,18 +132,17 @@ def plan_moves(
         return (), ("a move needs two workers that are up",)
     cost_of = COSTS[strategy]
     placement = _placement(snapshot, now, workers)
-    first_cost = cost = cost_of(placement)
+    first_cost = cost = sum(cost_of(placement.rooms[w], of) for w, of in placement.models.items())
     moves: list[Move] = []
     while len(moves) < MOVES_MAX and cost > 0:
         best = _best_move(snapshot, placement, cost_of, moves)
         if best is None:
             break
-        after, model, source, target = best
-        new_cost = cost_of(after)
-        if cost - new_cost < (_GAIN_FORCED if force else _GAIN_MIN) * cost:
+        change, model, source, target, size = best
+        if -change < (_GAIN_FORCED if force else _GAIN_MIN) * cost:
             break
-        moves.append(_move(snapshot, model, source, target, f"cost {cost:.3g} -> {new_cost:.3g}"))
-        placement, cost = after, new_cost
+        moves.append(_move(snapshot, model, source, target, f"cost {cost:.3g} -> {cost + change:.3g}"))
+        placement, cost = placement.moved(model, source, target, size), cost + change
     if not moves:
         margin = "" if force else f" by at least {_GAIN_MIN:.0%}"
         return (), (f"no single move improves {strategy}{margin} (cost {first_cost:.3g})",)
@@ -153,15 +150,15 @@ def plan_moves(
 
 
 def _placement(snapshot: Snapshot, now: float, workers: list[str]) -> Placement:
-    speeds = {w: worker_metrics(snapshot, w, now).tokens_per_s for w in workers}
-    known = [speed for speed in speeds.values() if speed]
+    measured = speeds(snapshot, now)
+    known = [speed for w in workers if (speed := measured.get(w))]
     typical = sum(known) / len(known) if known else 1.0
     rooms, models = {}, {}
     for worker_id in workers:
         serving = [r for r in snapshot.replicas[worker_id].values() if takes_tasks(snapshot, r)]
         names = frozenset(r.model_name for r in serving)
         rooms[worker_id] = Room(
-            memory(snapshot, worker_id, without=names).free, (speeds[worker_id] or typical) / typical
+            memory(snapshot, worker_id, without=names).free, (measured.get(worker_id) or typical) / typical
         )
         models[worker_id] = {
             r.model_name: (r.memory_bytes, _load(snapshot, worker_id, r.model_name, workers)) for r in serving
@@ -176,30 +173,32 @@ def _load(snapshot: Snapshot, worker_id: str, model_name: str, workers: list[str
 
 
 def _best_move(
-    snapshot: Snapshot, placement: Placement, cost_of: Callable[[Placement], float], made: list[Move]
-) -> tuple[Placement, str, str, str] | None:
-    """The cheapest placement that one more move reaches; a model moves at most once in a plan."""
+    snapshot: Snapshot, placement: Placement, cost_of: Callable[[Room, Models], float], made: list[Move]
+) -> tuple[float, str, str, str, int] | None:
+    """What one more move lowers the cost by most: that change, then the move. A model moves once in a plan."""
     moved = {move.model for move in made}
-    best: tuple[float, str, str, str] | None = None
-    best_placement: Placement | None = None
+    costs = {w: cost_of(placement.rooms[w], of) for w, of in placement.models.items()}
+    used = {w: _used_bytes(of) for w, of in placement.models.items()}
+    best: tuple[float, str, str, str, int] | None = None
     for source, of in placement.models.items():
         for name in of:
             model = snapshot.catalogue.get(name)
             if name in moved or model is None:
                 continue
-            for target in placement.rooms:
-                if name in placement.models[target] or not can_run(snapshot, model, target):
+            tasks = of[name][1]
+            left = cost_of(placement.rooms[source], {m: each for m, each in of.items() if m != name})
+            for target, room in placement.rooms.items():
+                there = placement.models[target]
+                if name in there or not can_run(snapshot, model, target):
                     continue
                 size = memory_needed(snapshot, model, target) or of[name][0]
-                if placement.used_bytes(target) + size > placement.rooms[target].capacity_bytes:
+                if used[target] + size > room.capacity_bytes:
                     continue
-                after = placement.moved(name, source, target, size)
-                candidate = (cost_of(after), name, source, target)
+                after = left + cost_of(room, {**there, name: (size, tasks)})
+                candidate = (after - (costs[source] + costs[target]), name, source, target, size)
                 if best is None or candidate < best:
-                    best, best_placement = candidate, after
-    if best is None or best_placement is None:
-        return None
-    return best_placement, *best[1:]
+                    best = candidate
+    return best
 
 
 def _move(snapshot: Snapshot, name: str, source: str, target: str, reason: str) -> Move:

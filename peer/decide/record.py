@@ -20,7 +20,7 @@ from peer.state.order import (
     StopAttempt,
     WorkerReported,
 )
-from peer.state.snapshot import Downtime, Foresee, Heard, Pace, Pause, Save, Snapshot
+from peer.state.snapshot import Alive, Downtime, Foresee, Heard, Pace, Pause, Save, Snapshot
 from peer.state.task import Happening, Status, Task, TaskResult, run_s, step
 from peer.state.worker import Worker, WorkerReport
 
@@ -181,6 +181,17 @@ def heard(snapshot: Snapshot, now: float, worker_report: WorkerReport) -> Decisi
             decision.event("model_unloaded", model_name=model_name, worker_id=worker_id)
     decision.changes.append(Heard(worker_report, tuple(merged.values()), now))
     _stop_dead(snapshot, worker_report, decision)
+    return decision
+
+
+def still_so(snapshot: Snapshot, now: float, peer_id: str) -> Decision:
+    """A peer has nothing to add to its last reports: what was foreseen since has not come about yet, or never will."""
+    decision = Decision(changes=[Alive(peer_id, now)])
+    waiting = dict.fromkeys(worker_id for worker_id, _ in snapshot.foreseen)
+    for worker_id in waiting:
+        worker_report = snapshot.reports.get(worker_id)
+        if worker_report is not None and worker_report.peer_id == peer_id:
+            decision.add(heard(snapshot, now, worker_report))
     return decision
 
 

@@ -8,7 +8,7 @@ from msgspec.structs import replace as changed
 
 from peer.decide.admit import stop
 from peer.decide.decision import Decision
-from peer.decide.workers import away, long_unheard, silent, status
+from peer.decide.workers import away, status
 from peer.limits import ATTEMPTS_MAX, BATCH_COMMANDS_MAX, LOADS_FAILED_MAX
 from peer.state.model import ReplicaState
 from peer.state.snapshot import Save, Shown, Snapshot, Told
@@ -85,13 +85,8 @@ def time_out(snapshot: Snapshot, now: float) -> Decision:
 def lost_attempts(snapshot: Snapshot, now: float) -> Decision:
     """Re-queue what is held by a lost worker, or by one whose report does not know of it."""
     decision = Decision()
-    workers = dict.fromkeys(snapshot.index.doubtful)
-    workers.update(dict.fromkeys(long_unheard(snapshot, now)))
-    for peer_id in snapshot.lost:
-        workers.update(snapshot.peers.get(peer_id, {}))
-    for worker_id in workers:
-        if snapshot.held.get(worker_id):
-            _doubt(snapshot, now, worker_id, decision)
+    for worker_id in snapshot.index.doubtful:
+        _doubt(snapshot, now, worker_id, decision)
     return decision
 
 
@@ -100,16 +95,16 @@ def _doubt(snapshot: Snapshot, now: float, worker_id: str, decision: Decision) -
     peer_id = snapshot.workers[worker_id].peer_id
     loss = snapshot.lost.get(peer_id)
     report = snapshot.reports.get(worker_id)
+    is_silent = worker_id not in snapshot.listened
     if loss is None:
         if report is None:
             return  # it may still report; else it will be lost
-        if silent(snapshot, worker_id, now) and all(
-            silent(snapshot, w, now) for w in snapshot.peers[peer_id]
-        ):
+        if is_silent and not any(w in snapshot.listened for w in snapshot.peers[peer_id]):
             return
-    is_away = bool(away(snapshot, worker_id, now)) or status(snapshot, worker_id, now) == "offline"
+    is_away = is_silent or status(snapshot, worker_id, now) == "offline"
+    named = snapshot.index.named.get(worker_id, frozenset())
     for task in tuple(snapshot.held[worker_id].values()):
-        if not is_away and f"{task.task_id}/{task.attempt}" in snapshot.index.named.get(worker_id, ()):
+        if not is_away and f"{task.task_id}/{task.attempt}" in named:
             continue
         if loss is None and now - (task.assigned_at or 0.0) < _ATTEMPT_SHOWS_S:
             continue
@@ -142,8 +137,8 @@ def announce(snapshot: Snapshot, now: float, worker_ids: Iterable[str] | None = 
     """Tell of every worker, or of those named, whose status has changed since clients were last told."""
     decision = Decision()
     if worker_ids is None:
-        worker_ids = dict.fromkeys((*snapshot.index.touched, *long_unheard(snapshot, now)))
-        if snapshot.index.touched:
+        worker_ids = snapshot.index.touched
+        if worker_ids:
             decision.changes.append(Told())
     for worker_id in worker_ids:
         is_now, was = status(snapshot, worker_id, now), snapshot.shown_status.get(worker_id)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-from peer.limits import WORKER_SILENT_S
 from peer.state.model import HOLDS_MEMORY, Model, Replica, ReplicaState
 from peer.state.snapshot import Snapshot
 from peer.state.units import memory_text
@@ -18,31 +16,17 @@ _BYTES_PER_S = 100e6  # of a first load, likewise
 _LOAD_S_MIN = 1.0
 
 
-def silent(snapshot: Snapshot, worker_id: str, now: float) -> bool:
-    """Whether its peer has not been heard of for too long, not counting what this leader slept through."""
-    return worker_id not in snapshot.heard_at or snapshot.silence_s(worker_id, now) > WORKER_SILENT_S
-
-
-def long_unheard(snapshot: Snapshot, now: float) -> Iterator[str]:
-    """Workers that are silent, of those that this leader has heard at all."""
-    for worker_id, heard_at in snapshot.heard_at.items():
-        if now - heard_at <= WORKER_SILENT_S:
-            break  # whoever comes after was heard later
-        if silent(snapshot, worker_id, now):
-            yield worker_id
-
-
 def away(snapshot: Snapshot, worker_id: str, now: float) -> str:
     """Why nothing is known of this worker as it is now; "" if it is there."""
-    worker = snapshot.workers.get(worker_id)
-    loss = snapshot.lost.get(worker.peer_id) if worker is not None else None
+    if worker_id in snapshot.listened:
+        if worker_id in snapshot.heard_at:
+            return ""
+        return "it has not reported to this leader yet"
+    loss = snapshot.lost.get(snapshot.workers[worker_id].peer_id)
     if loss is not None:
         return loss.because
-    if worker_id not in snapshot.heard_at:
-        return "it has not reported to this leader yet"
-    if silent(snapshot, worker_id, now):
-        return f"it has not reported for {snapshot.silence_s(worker_id, now):.0f} s"
-    return ""
+    silent_s = now - snapshot.heard_at.get(worker_id, snapshot.started_at)
+    return f"it has not reported for {silent_s:.0f} s"
 
 
 def status(snapshot: Snapshot, worker_id: str, now: float) -> str:

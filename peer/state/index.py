@@ -1,7 +1,7 @@
 """What the snapshot keeps beside its facts so that no decision has to walk over every worker.
 
 All of it follows from the facts: `touch` works out anew what concerns one worker, and is called when that changes.
-Silence is not in here, since it comes with time alone: `Snapshot.heard_at` is in order of time instead.
+Silence comes with time alone: `Snapshot.listened` is in order of time, and a tick takes from its beginning.
 """
 
 from __future__ import annotations
@@ -47,7 +47,11 @@ class Index:
         held = snapshot.held.get(worker_id, {})
         _set(self.unused, worker_id, is_ready and not held)
         named = self.named.get(worker_id, frozenset())
-        is_down = report is None or report.state not in (EngineState.READY, EngineState.ERROR)
+        is_down = (
+            report is None
+            or report.state not in (EngineState.READY, EngineState.ERROR)
+            or worker_id not in snapshot.listened
+        )
         doubt = is_down or any(f"{t.task_id}/{t.attempt}" not in named for t in held.values())
         _set(self.doubtful, worker_id, bool(held) and doubt)
         self._wishes(snapshot, worker_id)

@@ -49,6 +49,14 @@ class Heard:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """This peer has nothing to add to what its workers last reported; volatile."""
+
+    peer_id: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class Foresee:
     """What an order will make of a replica, until a report says it."""
 
@@ -109,10 +117,17 @@ class Rumoured:
 
 @dataclass(frozen=True, slots=True)
 class Ticked:
-    """The leader is awake. If it was not for long, the silence of `excused` workers counts from now."""
+    """The leader is awake. With `slept` it was not for long: every silence counts from now."""
 
     at: float
-    excused: tuple[str, ...] = ()
+    slept: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Silent:
+    """These workers have not been heard of for too long."""
+
+    worker_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +146,9 @@ class Told:
 
 
 Change = (
-    Save | Drop | Heard | Foresee | Pause | Downtime | Pace | Shown | Linked | Rumoured | Ticked | Lose | Told
-)
+    Save | Drop | Heard | Alive | Foresee | Pause | Downtime | Pace | Shown | Told | Linked | Rumoured | Ticked
+    | Silent | Lose
+)  # fmt: skip
 _PACE_WEIGHT = 0.1  # of the newest task in the moving average of run times
 StoreWrites = dict[str, bytes | None]  # key: value, or None to delete
 
@@ -169,8 +185,11 @@ class Snapshot:
     idempotency: dict[str, Idempotency] = field(default_factory=dict)  # of live tasks
     workers: dict[str, Worker] = field(default_factory=dict)
     reports: dict[str, WorkerReport] = field(default_factory=dict)
-    heard_at: dict[str, float] = field(default_factory=dict)  # who was heard longest ago comes first
-    excused: dict[str, float] = field(default_factory=dict)  # workers: silence counts from then
+    heard_at: dict[str, float] = field(default_factory=dict)
+    listened: dict[str, float] = field(
+        default_factory=dict
+    )  # workers that are not silent, since; the longest first
+    silent: dict[str, float] = field(default_factory=dict)  # those that are, since; without those of lost peers
     ticked_at: float = 0.0  # 0: not yet
     peers: dict[str, dict[str, None]] = field(default_factory=dict)  # workers by peer
     unlinked: dict[str, Linked] = field(default_factory=dict)  # by peer: whose session ended, and when
@@ -210,6 +229,11 @@ class Snapshot:
                 return self._drop(record)
             case Heard():
                 self._heard(change)
+            case Alive(peer_id=peer_id, at=at):
+                for worker_id in self.peers.get(peer_id, ()):
+                    if worker_id in self.reports:
+                        self._seen(worker_id, at)
+                self._back(peer_id)
             case Foresee(worker_id=worker_id, model_name=model_name, replica=replica):
                 self.foreseen[worker_id, model_name] = change
                 of = self.replicas.setdefault(worker_id, {})
@@ -235,12 +259,20 @@ class Snapshot:
                     self.unlinked[peer_id] = change
             case Rumoured(peer_id=peer_id):
                 self.rumours[peer_id] = change
-            case Ticked(at=at, excused=excused):
+            case Ticked(at=at, slept=slept):
                 self.ticked_at = at
-                self.excused.update(dict.fromkeys(excused, at))
+                if slept:
+                    self.listened = dict.fromkeys(self.listened, at)
+                    self.silent = dict.fromkeys(self.silent, at)
+            case Silent(worker_ids=worker_ids):
+                for worker_id in worker_ids:
+                    self.silent[worker_id] = self.listened.pop(worker_id)
+                    self.index.touch(self, worker_id)
             case Lose(peer_id=peer_id):  # pragma: no branch - there is no other
                 self.lost[peer_id] = self.losses[peer_id] = change
                 for worker_id in self.peers.get(peer_id, ()):
+                    self.silent.pop(worker_id, None)
+                    self.listened.pop(worker_id, None)
                     self.index.touch(self, worker_id)
         return {}
 
@@ -250,9 +282,7 @@ class Snapshot:
         report, worker_id = change.report, change.report.worker_id
         before, known = self.reports.get(worker_id), self.replicas.setdefault(worker_id, {})
         self.reports[worker_id] = report
-        self.heard_at.pop(worker_id, None)  # the newest comes last
-        self.heard_at[worker_id] = change.at
-        self.excused.pop(worker_id, None)
+        self._seen(worker_id, change.at)
         self._back(report.peer_id)
         if (
             before is not None
@@ -262,8 +292,6 @@ class Snapshot:
             and (report.state, report.slots_max, report.running, report.peer_id)
             == (before.state, before.slots_max, before.running, before.peer_id)
         ):
-            if self.shown_status.get(worker_id) == "offline":
-                self.index.touched[worker_id] = None
             return  # nothing but measurements
         self.paused.pop(worker_id, None)
         now = {replica.model_name: replica for replica in change.replicas}
@@ -276,16 +304,22 @@ class Snapshot:
                 del self.foreseen[worker_id, model_name]
         self.index.touch(self, worker_id)
 
+    def _seen(self, worker_id: str, at: float) -> None:
+        self.heard_at[worker_id] = at
+        self.listened.pop(worker_id, None)  # the newest comes last
+        self.listened[worker_id] = at
+        if worker_id in self.silent:
+            del self.silent[worker_id]
+            self.index.touch(self, worker_id)
+
     def _back(self, peer_id: str) -> None:
         """Whoever reports is there, whatever was said of it."""
         self.unlinked.pop(peer_id, None)
         if self.lost.pop(peer_id, None) is not None:
             for worker_id in self.peers.get(peer_id, ()):
+                if worker_id not in self.listened:  # another one of its workers reports
+                    self.silent[worker_id] = self.heard_at.get(worker_id, self.started_at)
                 self.index.touch(self, worker_id)
-
-    def silence_s(self, worker_id: str, now: float) -> float:
-        """For how long this leader, while it was awake, has not heard of this worker."""
-        return now - max(self.heard_at.get(worker_id, self.started_at), self.excused.get(worker_id, 0.0))
 
     # ------------------------------------------------------------------ durable records
 
@@ -304,6 +338,8 @@ class Snapshot:
                     self.peers[before.peer_id].pop(record.worker_id)
                 self.peers.setdefault(record.peer_id, {})[record.worker_id] = None
                 self.workers[record.worker_id] = record
+                if before is None:
+                    self.listened[record.worker_id] = self.started_at
                 self.index.touch(self, record.worker_id)
             case Assignment():
                 self.assignments[record.worker_id, record.model_name] = record

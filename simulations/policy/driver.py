@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from peer.state.model import Model, ReplicaState
@@ -101,9 +101,11 @@ class SimCluster:
             {model.name: model for model in self.models},
         )
         self.leader.peers = self
-        world = World(self.heap, self.faults, self.sometimes, self.leader)
+        self.world = world = World(self.heap, self.faults, self.sometimes, self.leader)
+        world.sessions = self._rng.random() < 0.75
         self.peers = {f"host-{i}": SimPeer(world, f"host-{i}", self._devices()) for i in range(shape.hosts)}
         self._workers = {w: worker for peer in self.peers.values() for w, worker in peer.workers.items()}
+        self._peer_of = {w: peer for peer in self.peers.values() for w in peer.workers}
         self.checker.really_there = self._really_there
         devices = [worker.device for peer in self.peers.values() for worker in peer.workers.values()]
         if len({device.memory_bytes for device in devices}) > 1:
@@ -132,12 +134,19 @@ class SimCluster:
             self._placed_at = self.heap.now
         self.peers[peer_id].send(order)
 
+    def quiet(self, worker_id: str) -> str:
+        """The peer of a worker whose heartbeats are implied; "" if they are not."""
+        peer = self._peer_of[worker_id]
+        return peer.peer_id if peer.quiet and peer.connected else ""
+
     def _really_there(self, worker_id: str, model_name: str) -> object | None:
         return self._workers[worker_id].really_there(model_name)
 
     def leader_is_up(self) -> None:
         for peer in self.peers.values():
             peer.leader_is_up()
+        for peer_id, status in self.world.opinions.items():
+            self.world.rumour(peer_id, status, 0.5)
 
     # ------------------------------------------------------------ the run
 
@@ -159,48 +168,45 @@ class SimCluster:
                 self._foreign_memory_ends()
         calm_since = heap.now
         while heap.now - calm_since < _SETTLE_S_MAX and heap.step():
-            if heap.events % 64 == 0 and not self._unsettled():
+            if heap.events % 64 == 0 and next(self._unsettled(), None) is None:
                 break
-        why = self._unsettled()
+        why = list(self._unsettled())
         self.checker.check("all settles when the faults are over", not why, "; ".join(why[:5]))
         self.checker.whole(self.leader.snapshot, self.store)
 
-    def _unsettled(self) -> list[str]:
+    def _unsettled(self) -> Iterator[str]:
         """What is not as it must be some time after the last fault."""
         if not self.leader.up:
-            return ["nobody leads"]
+            yield "nobody leads"
+            return
         if self.leader.busy:
-            return ["a commit is in flight"]
+            yield "a commit is in flight"
         if self.clients.unanswered:
-            return [f"{self.clients.unanswered} submissions are unanswered"]
+            yield f"{self.clients.unanswered} submissions are unanswered"
         snapshot = self.leader.snapshot
-        why = [f"{task.task_id} is {task.status.value}" for task in snapshot.tasks.values()]
-        why += [f"{w}/{m} drains" for w, m in snapshot.draining]
-        why += [f"{w}/{m} is foreseen" for w, m in snapshot.foreseen]
-        why += [f"{w} is paused" for w in snapshot.paused]
-        why += [
-            f"rebalance {p.rebalance_id} runs" for p in snapshot.plans.values() if p.status == "initiated"
-        ]
+        yield from (f"{task.task_id} is {task.status.value}" for task in snapshot.tasks.values())
+        yield from (f"{w}/{m} drains" for w, m in snapshot.draining)
+        yield from (f"{w}/{m} is foreseen" for w, m in snapshot.foreseen)
+        yield from (f"{w} is paused" for w in snapshot.paused)
+        yield from (f"rebalance {rebalance_id} runs" for rebalance_id in snapshot.under_way)
+        yield from (f"{peer_id} is lost" for peer_id in snapshot.lost)
+        if self.heap.now - self._placed_at < _QUIET_S:
+            yield f"models still move: {self.heap.now - self._placed_at:.1f} s ago"
         for peer in self.peers.values():
             for worker in peer.workers.values():
                 if worker.state is not EngineState.READY:
-                    why.append(f"{worker.worker_id} is {worker.state.value}")
+                    yield f"{worker.worker_id} is {worker.state.value}"
                 if worker.attempts or worker.outcomes:
-                    why.append(f"{worker.worker_id} still has {[*worker.attempts, *worker.outcomes][:2]}")
+                    yield f"{worker.worker_id} still has {[*worker.attempts, *worker.outcomes][:2]}"
         for worker_id, of in snapshot.replicas.items():
-            why += [
-                f"{name} is {r.state.value} on {worker_id}"
-                for name, r in of.items()
-                if r.state not in (ReplicaState.READY, ReplicaState.FAILED)
-            ]
-        if not why and self.heap.now - self._placed_at < _QUIET_S:
-            why.append(f"models still move: {self.heap.now - self._placed_at:.1f} s ago")
-        return why
+            for name, replica in of.items():
+                if replica.state not in (ReplicaState.READY, ReplicaState.FAILED):
+                    yield f"{name} is {replica.state.value} on {worker_id}"
 
     # ------------------------------------------------------------ periodic checks
 
     def _timely(self) -> None:
-        if self.leader.up:
+        if self.leader.up and not self.leader.stalled(_TIMELY_S):
             stalled_s = 10.0 if self.faults.knows("slow_store") else 2.0
             self.checker.timely(self.leader.snapshot, self.leader.wall(), stalled_s)
         self.heap.after(_TIMELY_S, self._timely)
@@ -223,6 +229,10 @@ class SimCluster:
             "slow_store": self._slow_store,
             "burst": lambda rng: self.clients.burst(rng.randrange(20, 400)),
             "worker_flap": self._flap,
+            "session_drop": lambda rng: self._peer(rng).drop_session(rng.choice((0.3, 2.0, 15.0))),
+            "sessions_drop": self._sessions_drop,
+            "wrong_gossip": self._wrong_gossip,
+            "leader_stall": lambda rng: self.leader.stall(rng.choice((1.0, 4.0, 15.0))),
         }
         for name, per_hour in self.faults.rates.items():
             self._next_fault(name, per_hour / 3600, strike[name])
@@ -251,6 +261,18 @@ class SimCluster:
         worker.flapping_until = self.heap.now + rng.uniform(10.0, 120.0)
         worker.die("it begins to flap")
 
+    def _sessions_drop(self, rng: random.Random) -> None:
+        """Many at once, as when the leader's own network is at fault."""
+        for_s = rng.choice((0.5, 5.0, 20.0, 60.0))
+        for peer in self.peers.values():
+            if rng.random() < 0.8:
+                peer.drop_session(for_s)
+
+    def _wrong_gossip(self, rng: random.Random) -> None:
+        peer = self._peer(rng)
+        self.world.rumour(peer.peer_id, "failed" if peer.up else "alive", 0.0)
+        self.world.rumour(peer.peer_id, "alive" if peer.up else "failed", rng.uniform(2.0, 30.0))
+
     def _slow_store(self, rng: random.Random) -> None:
         self.leader.store_s = rng.choice((0.05, 0.3, 1.5))
         self.heap.after(rng.uniform(2.0, 15.0), self._store_recovers)
@@ -261,9 +283,11 @@ class SimCluster:
     def _foreign_memory(self, rng: random.Random) -> None:
         worker = self._worker(rng)
         worker.foreign_bytes = int(worker.device.memory_bytes * rng.uniform(0.1, 0.9))
+        self.peers[worker.worker_id.rpartition("-")[0]].wake()
 
     def _foreign_memory_ends(self) -> None:
         for peer in self.peers.values():
+            peer.wake()
             for worker in peer.workers.values():
                 worker.foreign_bytes = 0
 

@@ -154,6 +154,7 @@ class SimWorker:
             self.die("it hung")
 
     def _gone(self, code: str, reason: str) -> None:
+        self._peer.wake()
         self._life += 1
         self._down_since = self._heap.now
         self._peer.report_state(self)
@@ -424,6 +425,7 @@ class SimWorker:
         return True
 
     def thaw(self) -> None:
+        self._peer.wake()
         self._peer.report_state(self)
 
     def measure(self) -> None:

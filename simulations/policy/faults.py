@@ -11,6 +11,7 @@ from simulations.policy.sometimes import FAULTS
 _PER_HOUR_MAX = {
     "engine_death": 120.0, "engine_hang": 30.0, "foreign_memory": 30.0, "peer_crash": 60.0, "peer_freeze": 60.0,
     "leader_crash": 40.0, "slow_store": 60.0, "burst": 30.0, "worker_flap": 20.0,
+    "session_drop": 120.0, "wrong_gossip": 60.0, "leader_stall": 40.0, "sessions_drop": 20.0,
 }  # fmt: skip
 # The chance of each single occasion, at the most.
 _CHANCE_MAX = {

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import heapq
 import random
+import struct
 from collections.abc import Callable
 from typing import Any
 
 WALL_BASE_S = 1_760_000_000.0  # what virtual second 0 is called on a correct wall clock
+
+
+_EVENT = struct.Struct("<dq").pack
 
 
 class Heap:
@@ -39,7 +43,8 @@ class Heap:
             return False
         self.now, number, call, args = heapq.heappop(self._heap)
         self.events += 1
-        self._hash.update(f"{self.now!r} {number} {call.__name__}\n".encode())
+        self._hash.update(_EVENT(self.now, number))
+        self._hash.update(call.__name__.encode())
         call(*args)
         return True
 

@@ -7,22 +7,35 @@ write. Each check counts how often it was made.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
 from peer.errors import BitinglipError, Conflict, Overloaded
-from peer.limits import ATTEMPTS_MAX, STARVED_S, WORKER_SILENT_S
+from peer.limits import ATTEMPTS_MAX, WORKER_SILENT_S
 from peer.state import command as asks
+from peer.state.index import Index
 from peer.state.model import HOLDS_MEMORY, Draining, ReplicaState
-from peer.state.order import ForgetAttempt, LoadReplica, RunAttempt, UnloadReplica
+from peer.state.order import ForgetAttempt, LoadReplica, Report, RunAttempt, UnloadReplica, WorkerReported
 from peer.state.record import decode, encode, key_of
-from peer.state.snapshot import Drop, Foresee, Save, Snapshot, StoreWrites
+from peer.state.snapshot import (
+    Alive,
+    Drop,
+    Foresee,
+    Heard,
+    Linked,
+    Lose,
+    Rumoured,
+    Save,
+    Snapshot,
+    StoreWrites,
+)
 from peer.state.task import TERMINAL, TRANSITIONS, Status, Task, TaskResult
 from peer.state.worker import EngineState
 from simulations.errors import InvariantViolated
 from simulations.policy.heap import Heap
+from simulations.policy.losses import Losses
 from simulations.policy.sometimes import Sometimes, transition_name
 from simulations.policy.store import SimStore
 
@@ -52,8 +65,9 @@ class Checker:
         self._owner_drains: dict[tuple[str, str], None] = {}  # in memory
         self._owed: dict[tuple[str, str], object | None] = {}  # durable: what is to go
         self._drains_decided: list[tuple[tuple[str, str], str]] = []  # and not yet durable
-        self._ticked_at = 0.0
-        self._woke_at = 0.0  # after this leader's last sleep
+        self.losses = Losses(self)
+        self._affected: dict[str, None] = {}  # workers, since it was last looked for idle slots
+        self._queued_before: dict[str, None] = {}
         self._events_last = 0
         self._published_last = 0
         self._leader_since = 0.0
@@ -90,6 +104,18 @@ class Checker:
                         self._not_the_last(snapshot, worker_id, model_name)
                     elif name == "reconcile":
                         self._sometimes.saw("eviction for room")
+                case Heard(report=report):
+                    self._affected[report.worker_id] = None
+                    self.losses.heard(report, now, snapshot)
+                case Alive(peer_id=peer_id):
+                    self.losses.alive(peer_id, now, snapshot)
+                case Linked():
+                    self.losses.linked(change)
+                    self._affected.update(snapshot.peers.get(change.peer_id, {}))
+                case Rumoured():
+                    self.losses.rumoured(change)
+                case Lose():
+                    self.losses.lost(change, snapshot, now)
                 case Foresee(worker_id=worker_id, replica=replica):
                     if name in ("reconcile", "advance") and replica.state is ReplicaState.LOADING:
                         self._fits(snapshot, worker_id, replica.model_name, replica.memory_bytes)
@@ -111,6 +137,7 @@ class Checker:
     def _drain_ends(self, name: str, draining: Draining, snapshot: Snapshot) -> None:
         """By an owner who wants it after all, by a rebalance that gives its own up, or since the replica is gone."""
         place = draining.worker_id, draining.model_name
+        self._affected[draining.worker_id] = None
         is_owners = place in self._owner_drains
         self._owner_drains.pop(place, None)
         self._drains_decided.append((place, name))
@@ -126,6 +153,8 @@ class Checker:
     def _task_saved(self, task: Task, code: str | None, decision: Decision) -> None:
         old = self._seen.get(task.task_id)
         self._seen[task.task_id] = task
+        if task.worker_id is not None:
+            self._affected[task.worker_id] = None
         if old is None:
             fresh = task.status is Status.QUEUED and task.attempt == 0 and task.strikes == 0
             self.check("a task begins queued", fresh, f"{task.task_id} begins {task.status.value}")
@@ -231,15 +260,20 @@ class Checker:
 
     # ------------------------------------------------------------ who is there
 
-    def ticked(self, now: float) -> None:
-        """The leader ticks. After a sleep nobody's silence counts from before it."""
-        if now - self._ticked_at > STARVED_S:
-            self._woke_at = now
-            self._sometimes.saw("leader slept")
-        self._ticked_at = now
+    def ticked(self, now: float, snapshot: Snapshot) -> None:
+        self.losses.ticked(now, snapshot)
 
-    def _silence_s(self, snapshot: Snapshot, worker_id: str, now: float) -> float:
-        return now - max(snapshot.heard_at.get(worker_id, snapshot.started_at), self._woke_at)
+    def arrived(self, report: Report) -> None:
+        """At the leader's process; whether it looks is another matter."""
+        if isinstance(report, WorkerReported):
+            self.losses.arrived(report.report.peer_id, self.now)
+
+    @property
+    def now(self) -> float:
+        return self._heap.now
+
+    def saw(self, name: str) -> None:
+        self._sometimes.saw(name)
 
     # ------------------------------------------------------------ batches
 
@@ -260,8 +294,7 @@ class Checker:
         self.check("only ready replicas get tasks", ready, f"{order.task_id}: {name} on {worker_id}")
         draining = (worker_id, name) in snapshot.draining
         self.check("draining replicas get no task", not draining, f"{order.task_id}: {name} on {worker_id}")
-        heard = self._silence_s(snapshot, worker_id, now) <= WORKER_SILENT_S
-        up = heard and snapshot.reports[worker_id].state is EngineState.READY
+        up = self.losses.there(snapshot, worker_id) and snapshot.reports[worker_id].state is EngineState.READY
         self.check("only workers that are up get tasks", up, f"{order.task_id} on {worker_id}")
         held = snapshot.held[worker_id]
         mine = sum(task.model_name == name for task in held.values())
@@ -270,20 +303,28 @@ class Checker:
         self.check("slots are never exceeded", mine <= slots and len(held) <= slots_max, text)
 
     def _no_idle_slots(self, snapshot: Snapshot, now: float) -> None:
-        """After every batch: no task waits while a replica of its model has a free slot."""
-        if not snapshot.queues:
-            return
+        """After every batch: no task waits while a replica of its model has a free slot.
+
+        Only what has changed is looked at: the batch's workers, and all of a model that nothing waited for before.
+        """
+        affected, self._affected = self._affected, {}
+        for name in snapshot.queues:
+            if name not in self._queued_before:
+                affected.update(dict.fromkeys(w for w, of in snapshot.replicas.items() if name in of))
+        self._queued_before = dict.fromkeys(snapshot.queues)
+        if snapshot.queues:
+            self._no_idle_slots_of(snapshot, now, affected)
+
+    def _no_idle_slots_of(self, snapshot: Snapshot, now: float, workers: Iterable[str]) -> None:
         self.counts["no task waits beside a free slot"] += 1
-        for worker_id, of in snapshot.replicas.items():
-            if worker_id in snapshot.paused or now - snapshot.heard_at.get(worker_id, 0.0) > WORKER_SILENT_S:
-                continue
+        for worker_id in workers:
             report = snapshot.reports.get(worker_id)
-            if report is None or report.state is not EngineState.READY:
+            if report is None or report.state is not EngineState.READY or worker_id in snapshot.paused:
                 continue
             held = snapshot.held.get(worker_id, {})
-            if len(held) >= report.slots_max:
+            if len(held) >= report.slots_max or not self.losses.there(snapshot, worker_id):
                 continue
-            for name, replica in of.items():
+            for name, replica in snapshot.replicas[worker_id].items():
                 if (
                     name in snapshot.queues
                     and replica.state is ReplicaState.READY
@@ -395,7 +436,7 @@ class Checker:
 
     def leader_started(self, snapshot: Snapshot, store: SimStore) -> None:
         self._seen = dict(self._durable)
-        self._ticked_at = snapshot.started_at
+        self.losses.begin(snapshot.started_at)
         self._drains_decided = []
         self._owner_drains = dict.fromkeys(self._owed)
         forgotten = [place for place in self._owed if place not in snapshot.draining]
@@ -422,6 +463,7 @@ class Checker:
             "finished tasks are counted", snapshot.finished == ended, f"{snapshot.finished} of {ended}"
         )
         self._structures(snapshot)
+        self._index(snapshot)
         groups: tuple[Any, ...] = (
             snapshot.workers.values(), snapshot.assignments.values(), snapshot.profiles.values(),
             snapshot.plans.values(), snapshot.draining.values(), snapshot.inputs.values(),
@@ -448,6 +490,18 @@ class Checker:
         )
         self.check("queues, slots and deadlines agree with the tasks", consistent)
 
+    def _index(self, snapshot: Snapshot) -> None:
+        """What is kept beside the facts follows from them."""
+        fresh = Index()
+        for worker_id in snapshot.workers:
+            fresh.place(worker_id, {}, snapshot.replicas.get(worker_id, {}))
+            if worker_id in snapshot.reports:
+                fresh.named[worker_id] = frozenset(snapshot.reports[worker_id].running)
+            fresh.touch(snapshot, worker_id)
+        for name in ("placed", "room", "unmet", "unused", "doubtful", "named"):
+            same = getattr(fresh, name) == getattr(snapshot.index, name)
+            self.check("the index follows from the facts", same, name)
+
     def timely(self, snapshot: Snapshot, now: float, stalled_s: float) -> None:
         """What a tick must have done by now. `stalled_s`: how long the leader may have been kept from it."""
         late = _LATE_S + stalled_s
@@ -456,13 +510,7 @@ class Checker:
             return
         over = [i for deadline, i in snapshot.deadlines[:1] if deadline < now - late]
         self.check("deadlines are kept", not over, f"{over} should have timed out")
-        for worker_id, tasks in snapshot.held.items():
-            heard_at = snapshot.heard_at.get(worker_id)
-            silent_s = now - heard_at if heard_at is not None else since
-            old = [i for i, t in tasks.items() if now - (t.assigned_at or 0.0) > WORKER_SILENT_S + late]
-            stuck = bool(old) and silent_s > WORKER_SILENT_S + late
-            text = f"{worker_id}, silent for {silent_s:.1f} s, holds {old[:3]}"
-            self.check("a dead worker's tasks are re-queued", not stuck, text)
+        self.losses.timely(snapshot, now, late)
 
     # ------------------------------------------------------------ clients
 

@@ -6,8 +6,9 @@ The order of decisions is that of `peer.leader.Leader`; a test compares the two.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from dataclasses import replace as changed
 from typing import Any, NoReturn, Protocol
 
 import msgspec
@@ -22,7 +23,7 @@ from peer.establish import load_snapshot
 from peer.state import command as asks
 from peer.state.order import AttemptFinished, Order, Report, WorkerReported
 from peer.state.record import decode, ended_at, idempotency_key, prefix_end, task_id
-from peer.state.snapshot import Policy, Snapshot, StoreWrites
+from peer.state.snapshot import Linked, Policy, Rumoured, Snapshot, StoreWrites
 from peer.state.task import Idempotency, Task, TaskResult
 from simulations.errors import InvariantViolated
 from simulations.policy.faults import FaultPlan
@@ -33,6 +34,7 @@ from simulations.policy.store import SimStore, run_now
 
 _ENTROPY_BYTES = 5
 _FORGET_ROUNDS_MAX = 8
+_IMPLIED_S = 3.0  # with the ticks' own delays well below WORKER_SILENT_S
 _encode_json = msgspec.json.Encoder().encode
 Answered = Callable[[Any, BitinglipError | None], None]
 
@@ -40,6 +42,7 @@ Answered = Callable[[Any, BitinglipError | None], None]
 class Peers(Protocol):
     def order(self, peer_id: str, order: Order) -> None: ...
     def leader_is_up(self) -> None: ...
+    def quiet(self, worker_id: str) -> str: ...
 
 
 @dataclass(slots=True)
@@ -56,6 +59,7 @@ class Decisions:
     report: Callable[..., Decision] = record.report
     wake: Callable[..., Decision] = lose.wake
     lose: Callable[..., Decision] = lose.lose
+    still_so: Callable[..., Decision] = record.still_so
     time_out: Callable[..., Decision] = recover.time_out
     lost_attempts: Callable[..., Decision] = recover.lost_attempts
     hopeless: Callable[..., Decision] = recover.hopeless
@@ -90,6 +94,9 @@ class _Pending:
         self.answer: Any = None
         self.error: BitinglipError | None = None
         self.stored: Task | Idempotency | None = None
+
+
+_Item = _Pending | Report | Linked | Rumoured
 
 
 class _Clock:
@@ -138,7 +145,9 @@ class SimLeader:
         self._catalogue = catalogue
         self._rng = heap.random("store")
         self._entropy = heap.random("entropy")
-        self._inbox: deque[_Pending | Report] = deque()
+        self._inbox: deque[_Item] = deque()
+        self._stalled_until = 0.0
+        self._heard_quiet_at = 0.0
         self._deciding: list[_Pending] = []
         self._in_flight: StoreWrites = {}
         self.busy = False
@@ -209,8 +218,26 @@ class SimLeader:
 
     def take_report(self, life: int, report: Report) -> None:
         if self.up and life == self.life:  # else it was on its way to a leader that is no more
+            self._checker.arrived(report)
             self._inbox.append(report)
             self._pump()
+
+    def take_evidence(self, life: int, evidence: Linked | Rumoured) -> None:
+        """As the leader's own wall clock has it."""
+        if self.up and life == self.life:
+            self._inbox.append(changed(evidence, at=self.wall()))
+            self._pump()
+
+    def stall(self, for_s: float) -> None:
+        """It is given no processor for a while; the world goes on."""
+        self._stalled_until = max(self._stalled_until, self._heap.now + for_s)
+        self._heap.after(for_s, self._pump)
+
+    def knows(self, worker_ids: Iterable[str]) -> bool:
+        return self.up and all(worker_id in self.snapshot.reports for worker_id in worker_ids)
+
+    def stalled(self, lately_s: float = 0.0) -> bool:
+        return self._heap.now < self._stalled_until + lately_s
 
     @property
     def behind(self) -> bool:
@@ -218,7 +245,7 @@ class SimLeader:
 
     def read(self, wanted: str) -> asks.TaskView | None:
         """What a client sees; None while a commit is in flight or nobody leads. Raises NotFound."""
-        if not self.up or self.busy:
+        if not self.up or self.busy or self.stalled():
             return None
         task = self.snapshot.tasks.get(wanted)
         if task is not None:
@@ -238,7 +265,7 @@ class SimLeader:
             self._pump()
 
     def _pump(self) -> None:
-        while self.up and not self.busy:
+        while self.up and not self.busy and not self.stalled():
             if self._tick_due:
                 self._tick_due = False
                 self._batch([], self._after_tick)
@@ -247,8 +274,8 @@ class SimLeader:
             else:
                 return
 
-    def _gather(self) -> list[_Pending | Report]:
-        batch: list[_Pending | Report] = []
+    def _gather(self) -> list[_Item]:
+        batch: list[_Item] = []
         nbytes = 0
         while self._inbox and len(batch) < limits.BATCH_COMMANDS_MAX and nbytes < limits.BODY_BYTES_MAX:
             item = self._inbox.popleft()
@@ -256,7 +283,7 @@ class SimLeader:
             nbytes += _size(item)
         return batch
 
-    def _batch(self, batch: list[_Pending | Report], then: Callable[[], None] | None) -> None:
+    def _batch(self, batch: list[_Item], then: Callable[[], None] | None) -> None:
         commands = [item for item in batch if isinstance(item, _Pending)]
         self._deciding = commands
         for pending in commands:
@@ -265,6 +292,8 @@ class SimLeader:
         for item in batch:
             if isinstance(item, _Pending):
                 self._decide_command(item, work)
+            elif isinstance(item, Linked | Rumoured):
+                self._apply(work, "evidence", Decision(changes=[item]))
             else:
                 self._take(work, "report", item)
                 if isinstance(item, WorkerReported):
@@ -282,14 +311,31 @@ class SimLeader:
             self._answer(commands)
         self._commit(work, commands, then)
 
+    def _hear_the_quiet(self, work: Batch) -> None:
+        """The heartbeats of peers that have no news, as if the latest of each had just arrived.
+
+        After the decisions: they must hold by what was heard before, as they do where heartbeats stand in line.
+        """
+        if work.now - self._heard_quiet_at < 1.0:
+            return
+        self._heard_quiet_at = work.now
+        due = []
+        for worker_id, heard_at in self.snapshot.listened.items():
+            if work.now - heard_at < _IMPLIED_S:
+                break
+            due.append(worker_id)
+        for peer_id in dict.fromkeys(filter(None, map(self.peers.quiet, due))):
+            self._take(work, "still_so", peer_id)
+
     def _decide_tick(self, work: Batch) -> None:
-        self._checker.ticked(work.now)
+        self._checker.ticked(work.now, self.snapshot)
         for name, timed in TICK:
             self._take(work, name, timed=timed)
         if int(work.now) != self._sampled_at:
             self._sampled_at = int(work.now)
             for name, timed in TICK_EACH_SECOND:
                 self._take(work, name, timed=timed)
+        self._hear_the_quiet(work)
 
     def _take(self, work: Batch, name: str, *args: Any, timed: bool = True) -> None:
         """Ask for a decision and apply it, under the checker's eyes."""
@@ -387,6 +433,9 @@ class SimLeader:
     ) -> None:
         if life != self.life:
             return  # `crash` has settled what became of it
+        if self.stalled():
+            self._heap.at(self._stalled_until, self._committed, life, work, commands, then)
+            return
         outcome = self._outcome()
         if outcome == "fails":
             self._in_flight = {}
@@ -443,6 +492,10 @@ class SimLeader:
         self._forget(0)
 
     def _forget(self, rounds: int) -> None:
+        first = self.store.keys("ended/", prefix_end("ended/"), 1)
+        if not retain.due(self.snapshot, self.wall(), [ended_at(key) for key in first]):
+            self._heap.after(limits.TICK_S, self._tick, self.life)
+            return  # the later ones are not due either
         keys = self.store.keys("ended/", prefix_end("ended/"), limits.RETENTION_BATCH)
         names = retain.due(self.snapshot, self.wall(), [ended_at(key) for key in keys])
         if not names or rounds >= _FORGET_ROUNDS_MAX:
@@ -457,7 +510,7 @@ class SimLeader:
         self._commit(work, [], lambda: self._forget(again))
 
 
-def _size(item: _Pending | Report) -> int:
+def _size(item: _Item) -> int:
     if isinstance(item, _Pending):
         return item.size
     return len(item.generated_text) if isinstance(item, AttemptFinished) else 0

@@ -11,7 +11,7 @@ FAULTS = (
     "engine_death", "engine_hang", "load_failure", "run_error", "foreign_memory", "peer_crash", "peer_freeze",
     "leader_crash", "commit_fails", "commit_ambiguous", "crash_after_commit", "report_lost", "report_late",
     "report_duplicated", "order_lost", "order_late", "slow_store", "burst", "clock_step", "worker_flap",
-    "stuck_cancel", "memory_surprise",
+    "stuck_cancel", "memory_surprise", "session_drop", "wrong_gossip", "leader_stall", "sessions_drop",
 )  # fmt: skip
 STATES = (
     "ambiguous commit was done", "ambiguous commit was not done", "late result refused", "late start refused",
@@ -23,7 +23,8 @@ STATES = (
     "rebalance lived through a new leader", "task re-queued without strike",
     "outcome reported again", "leader slept", "owner's unload happened", "retention forgot tasks",
     "retention forgot events", "unload lived through a new leader", "load retried after a failure", "does not fit",
-    "device sizes differ",
+    "device sizes differ", "peer lost by its session", "peer lost by its silence", "loss put off by the share",
+    "loss confirmed by gossip", "lost peer came back",
 )  # fmt: skip
 
 

@@ -144,10 +144,10 @@ class World:
         ))]))  # fmt: skip
         self.hear(said)
 
-    def known(self, worker: str) -> None:
+    def known(self, worker: str, peer_id: str = "p1") -> None:
         """Registered once, not heard of since the leadership began."""
         self.take(Decision(changes=[Save(Worker(
-            worker_id=worker, peer_id="p1", device=device(), first_seen=self.now
+            worker_id=worker, peer_id=peer_id, device=device(), first_seen=self.now
         ))]))  # fmt: skip
 
     def drain(self, model: str, worker: str = "w1", because: str = place.OWNER) -> None:
@@ -156,8 +156,14 @@ class World:
     def undrain(self, model: str, worker: str = "w1") -> None:
         self.take(Decision(changes=[Drop(self.s.draining[worker, model])]))
 
+    def wake(self) -> None:
+        """Whoever is silent by now is known to be; not by a leader that slept."""
+        self.s.ticked_at = 0.0
+        self.take(lose.wake(self.s, self.now))
+
     def lost_attempts(self) -> None:
         """As in a tick: who is lost, then what was lost with them."""
+        self.wake()
         self.take(lose.lose(self.s, self.now))
         self.take(recover.lost_attempts(self.s, self.now))
 

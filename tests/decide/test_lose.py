@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
-from peer.decide import lose, recover
+from peer.decide import lose, place, record, recover
 from peer.decide.decision import Decision
 from peer.decide.workers import away, reachable, status
 from peer.limits import LOSS_CONFIRM_S, LOSS_WINDOW_S, STARVED_S
-from peer.state.snapshot import Linked, Rumoured
+from peer.state.model import ReplicaState
+from peer.state.snapshot import Alive, Foresee, Linked, Rumoured
 from tests.decide.build import POLICY, T0, World, replica, snapshot, worker_report
 
 Said = Literal["alive", "leaving", "left", "failed"]
@@ -133,6 +134,51 @@ def test_a_worker_that_moved_to_another_peer_is_judged_by_that() -> None:
     assert wait(world, 2.0) == []
 
 
+def test_who_has_nothing_to_add_is_heard_all_the_same() -> None:
+    world = cluster(2)
+    world.known("w9", "p1")
+    wait(world, 4.0)
+    assert away(world.s, "w9", world.now) == "it has not reported to this leader yet"
+    world.take(
+        Decision(changes=[Alive("p0", world.now), Alive("p1", world.now), Alive("unknown", world.now)])
+    )
+    wait(world, 4.0)
+    assert {w: status(world.s, w, world.now) for w in ("w0", "w1", "w9")} == {
+        "w0": "online",
+        "w1": "online",
+        "w9": "offline",
+    }
+    assert away(world.s, "w9", world.now) == "it has not reported for 8 s"
+    assert wait(world, 3.0) == ["p1"]
+    world.take(Decision(changes=[Alive("p1", world.now)]))
+    assert (status(world.s, "w1", world.now), world.s.lost) == ("online", {})
+
+
+def test_what_was_foreseen_ends_without_news_as_well() -> None:
+    world = cluster(2)
+    world.take(Decision(changes=[Foresee("w9", "echo", replica("echo"), world.now)]))  # which nobody knows
+    world.drain("echo", "w0")
+    world.take(place.reconcile(world.s, world.now))
+    assert world.s.replicas["w0"]["echo"].state is ReplicaState.UNLOADING
+    for peer_id in ("p0", "p1"):
+        world.take(record.still_so(world.s, world.now, peer_id))
+    assert world.s.replicas["w0"]["echo"].state is ReplicaState.UNLOADING
+    world.later(31)
+    for peer_id in ("p0", "p1"):
+        world.take(record.still_so(world.s, world.now, peer_id))
+    assert world.s.replicas["w0"]["echo"].state is ReplicaState.READY  # the order was lost
+
+
+def test_one_worker_of_a_lost_peer_reports_and_the_other_does_not() -> None:
+    world = cluster(1)
+    world.worker("w0b", peer_id="p0")
+    assert wait(world, 6.25) == ["p0"]
+    hear(world, 0)
+    assert (status(world.s, "w0", world.now), status(world.s, "w0b", world.now)) == ("online", "offline")
+    assert list(world.s.silent) == ["w0b"]
+    assert wait(world, 5.0) == []
+
+
 # ---------------------------------------------------------------- not too many at once
 
 
@@ -211,13 +257,14 @@ def test_the_leaders_own_sleep_is_nobodys_silence() -> None:
     link(world, "p2", False)
     world.later(30)
     assert tick(world) == []
-    assert world.s.excused.keys() == {"w0", "w1", "w2"}
+    assert world.s.listened == dict.fromkeys(("w0", "w1", "w2"), world.now)
     assert status(world.s, "w0", world.now) == "online"
     assert wait(world, 1.0) == []
     assert wait(world, 0.25) == ["p2"]  # its session had time to come back
     hear(world, 0)
-    assert "w0" not in world.s.excused
-    assert wait(world, 5.0) == []
+    assert list(world.s.listened) == ["w1", "w0"]
+    assert wait(world, 5.0) == []  # p1 is silent now, but too many would be lost at once
+    assert list(world.s.silent) == ["w1"]
 
 
 def test_sleep_raises_nobody_from_the_dead() -> None:
@@ -233,7 +280,7 @@ def test_sleep_raises_nobody_from_the_dead() -> None:
     assert status(world.s, "w0", world.now) == "offline"
     world.later(STARVED_S + 1)
     tick(world)
-    assert world.s.excused.keys() == {"w2"}
+    assert list(world.s.listened) == ["w2"]
     assert {i: status(world.s, f"w{i}", world.now) for i in range(3)} == {
         0: "offline",
         1: "offline",

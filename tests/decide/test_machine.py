@@ -270,7 +270,9 @@ class Cluster(RuleBasedStateMachine):
         assert s.wishes == {
             w: {m: wish for (x, m), wish in s.assignments.items() if x == w} for w in s.wishes
         }
-        assert list(s.heard_at.values()) == sorted(s.heard_at.values())
+        assert list(s.listened.values()) == sorted(s.listened.values())
+        lost = {w for peer_id in s.lost for w in s.peers[peer_id]}
+        assert sorted([*s.listened, *s.silent, *lost]) == sorted(s.workers)
         assert s.under_way == {i: p for i, p in s.plans.items() if p.status == "initiated"}
 
     @invariant()

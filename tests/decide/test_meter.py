@@ -93,7 +93,8 @@ def test_gauges_are_of_workers_that_report() -> None:
     bucket = world.s.history.get("1s", int(world.now))
     assert bucket is not None
     assert (bucket.utilization.sum, bucket.memory.sum, bucket.useful_memory.sum) == (50.0, 50.0, 50.0)
-    world.later(6).hear(worker_report("w1", replica("small")))
+    world.later(6.1).hear(worker_report("w1", replica("small")))
+    world.wake()
     tick(world)  # w2 is silent: what it said last is no measurement
     bucket = world.s.history.get("1s", int(world.now))
     assert bucket is not None

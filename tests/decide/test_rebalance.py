@@ -182,7 +182,7 @@ def test_a_move_that_cannot_begin_fails_the_plan() -> None:
     world.s.catalogue = {}
     assert advance(world).reason == "w2 can no longer take it"
     world = begun()
-    world.later(7)
+    world.later(7).wake()
     assert advance(world).reason == "w2 can no longer take it"
 
 

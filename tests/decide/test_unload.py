@@ -1,0 +1,119 @@
+"""Unloading: drains are durable, and end when the replica is gone."""
+
+from __future__ import annotations
+
+import pytest
+
+from peer.decide import place, recover, view
+from peer.errors import Conflict
+from peer.state.model import Draining, ReplicaState
+from peer.state.order import StopAttempt, UnloadReplica
+from peer.state.record import decode
+from peer.state.task import Task, TaskInput
+from peer.state.worker import Worker
+from tests.decide.build import GIB, T0, World, replica, snapshot, worker_report
+from tests.decide.test_place import assign, reconcile, unload
+
+
+def test_unloading_drains_first() -> None:
+    world = World()
+    world.worker("w1", replica("small"))
+    task = world.running("small")
+    assign(world, "small", "w1")
+    reply = unload(world, "small")
+    assert (reply.affected_workers, reply.requeued_tasks) == (("w1",), ())
+    assert world.s.assignments == {}
+    assert reconcile(world) == []
+    assert view.shown_replicas(world.s, "w1")[0].state is ReplicaState.DRAINING
+    world.take(recover.fail(world.s, T0, task, "x", "y"))
+    assert [type(order) for order in reconcile(world)] == [UnloadReplica]
+
+
+def test_unloading_by_force_requeues() -> None:
+    world = World()
+    world.worker("w1", replica("small"), replica("echo"))
+    task, other = world.running("small"), world.running("echo")
+    reply = unload(world, "small", "w1", force=True)
+    assert reply.requeued_tasks == (task.task_id,)
+    assert [type(order) for order in world.orders] == [StopAttempt]
+    assert list(world.s.held["w1"]) == [other.task_id]
+    assert [type(order) for order in reconcile(world)] == [UnloadReplica]
+
+
+def test_unloading_takes_back_a_wish_that_has_not_begun() -> None:
+    world = World()
+    world.known("w1")
+    world.known("w2")
+    assign(world, "small", "w1")
+    world.hear(worker_report("w1"))
+    world.hear(worker_report("w2"))
+    assert unload(world, "small").affected_workers == ("w1",)
+    assert (world.s.assignments, world.s.draining) == ({}, {})
+
+
+def test_an_unload_outlives_its_leader() -> None:
+    """The next one has not heard the worker yet, and must not take its silence for the replica's end."""
+    old = World()
+    old.worker("w1", replica("small"))
+    running = old.running("small")
+    unload(old, "small")
+    assert old.disk["draining/w1/small"]
+    new = World(snapshot())
+    for prefix, kind in (
+        ("worker/", Worker),
+        ("draining/", Draining),
+        ("task/", Task),
+        ("input/", TaskInput),
+    ):
+        for key, value in old.disk.items():
+            if key.startswith(prefix):
+                new.s.load(decode(kind, value))
+    assert reconcile(new) == []
+    assert new.s.draining == old.s.draining
+    new.hear(worker_report("w1", replica("small"), running=(f"{running.task_id}/1",)))
+    assert view.shown_replicas(new.s, "w1")[0].state is ReplicaState.DRAINING
+    assert reconcile(new) == []  # a task still runs there
+    new.take(recover.fail(new.s, T0, new.task(running), "x", "y"))
+    assert [type(order) for order in reconcile(new)] == [UnloadReplica]
+    assert ("w1", "small") in new.s.draining
+    new.hear(worker_report("w1"))
+    reconcile(new)
+    assert new.s.draining == {}
+
+
+def test_a_young_leader_unloads_where_it_has_heard_nothing_yet() -> None:
+    world = World()
+    world.known("w1")
+    world.worker("w2")
+    assert unload(world, "small").affected_workers == ("w1",)
+    assert list(world.s.draining) == [("w1", "small")]
+    world.later(7)
+    with pytest.raises(Conflict, match="not on w1, w2"):
+        unload(world, "echo")  # whoever is still silent may be gone for good
+    assert unload(world, "echo", "w1").affected_workers == ("w1",)  # asked for by its name
+    world.hear(worker_report("w1", replica("small")))
+    assert [(o.worker_id, o.model_name) for o in reconcile(world)] == [("w1", "small")]
+    assert list(world.s.draining) == [("w1", "small")]
+
+
+def test_what_an_owner_unloads_stays_so_for_every_other_reason() -> None:
+    world = World()
+    world.worker("w1", replica("small"))
+    world.drain("small", because=place.ROOM)
+    assert world.s.draining["w1", "small"].because == "room"
+    unload(world, "small")
+    assert world.s.draining["w1", "small"].because == "owner"
+    world.later(1).drain("small", because=place.MOVE)
+    assert world.s.draining["w1", "small"] == Draining(
+        worker_id="w1", model_name="small", since=T0, because="owner"
+    )
+    assign(world, "small", "w1")
+    assert world.s.draining == {}
+    assert "draining/w1/small" not in world.disk
+
+
+def test_what_is_no_longer_in_the_catalogue_can_be_unloaded() -> None:
+    world = World()
+    world.worker("w1", replica("old", memory_bytes=GIB))
+    assert unload(world, "old").affected_workers == ("w1",)
+    assert len(reconcile(world)) == 1
