@@ -5,6 +5,7 @@ A run ends as an Outcome (the product held, or its failure) or as Broken: the si
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -12,8 +13,11 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
+
+import structlog
 
 from simulations.errors import SimulatorError
 from simulations.outcome import Outcome
@@ -61,9 +65,10 @@ class Shrunk:
 
 
 def perform(job: Job) -> Outcome | Broken:
-    """One run, in this process."""
+    """One run, in this process. What the simulated peers log is not kept: a trace's tail says what happened."""
     try:
-        return _run(job)
+        with _logging_nothing():
+            return _run(job)
     except SimulatorError as error:
         return Broken(job, f"{error}{_cause(error)}")
     except (
@@ -160,6 +165,16 @@ def known_bugs(level: Level) -> list[str]:
 
 def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def _logging_nothing() -> Iterator[None]:
+    before = structlog.get_config()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
+    try:
+        yield
+    finally:
+        structlog.configure(**before)
 
 
 # ------------------------------------------------------------------------------------------------ processes

@@ -33,7 +33,7 @@ LANES: Final[Mapping[str, tuple[str, float, float]]] = {
 
 
 def timeline(outcome: Outcome, number: int) -> str:
-    """Peers as rows, what happened to each, and below them how many tasks waited and ran. `number` makes ids unique."""
+    """Peers as rows, what happened to each, and below them how many tasks lived and ran. `number` makes ids unique."""
     end = max([outcome.virtual_s, 1.0, *(mark.at_s for mark in outcome.timeline)])
     rows = _rows(outcome)
     scale = _Scale(0.0, end)
@@ -64,7 +64,7 @@ def legend() -> str:
         f'<span class="key"><svg width="18" height="12" aria-hidden="true">{_swatch(kind)}</svg> {words}</span>'
         for kind, (words, _, _) in LANES.items()
     ]
-    items.append('<span class="key"><i class="swatch waiting"></i> tasks waiting</span>')
+    items.append('<span class="key"><i class="swatch live"></i> tasks accepted and not ended</span>')
     items.append('<span class="key"><i class="swatch running"></i> tasks running</span>')
     return f'<p class="legend">{" ".join(items)}</p>'
 
@@ -218,19 +218,19 @@ def _moments(outcome: Outcome, scale: _Scale, bottom: float) -> Iterator[str]:
 
 
 def _task_curves(outcome: Outcome, scale: _Scale, top: float, height: float) -> str:
-    waiting, running = task_counts(outcome.timeline)
-    most = max([1, *(count for _, count in waiting), *(count for _, count in running)])
-    if not waiting and not running:
+    live, running = task_counts(outcome.timeline)
+    most = max([1, *(count for _, count in live), *(count for _, count in running)])
+    if not live:
         return ""
     parts = []
-    for name, counts in (("waiting", waiting), ("running", running)):
+    for name, counts in (("live", live), ("running", running)):
         points, before = [(scale.x(0.0), top + height)], 0
         for at, count in _fewer(counts):
             x = scale.x(at)
             points += [(x, top + height * (1 - before / most)), (x, top + height * (1 - count / most))]
             before = int(count)
         points.append((scale.x(scale.end), top + height * (1 - before / most)))
-        if name == "waiting":
+        if name == "live":
             points.append((scale.x(scale.end), top + height))
         path = " ".join(f"{'L' if i else 'M'}{x:.1f},{y:.1f}" for i, (x, y) in enumerate(points))
         words = f"tasks {name}, at most {max([0, *(count for _, count in counts)]):g}"
@@ -241,22 +241,27 @@ def _task_curves(outcome: Outcome, scale: _Scale, top: float, height: float) -> 
 
 
 def task_counts(timeline: Sequence[Mark]) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
-    """How many tasks waited, and how many ran, each time that it changed."""
+    """How many tasks had been accepted and not ended, and how many ran, each time that it changed.
+
+    An end without a task's name is one of a task that is not known further.
+    """
     state: dict[str, str] = {}
-    counts = {"queued": 0, "running": 0}
-    found: dict[str, list[tuple[float, float]]] = {"queued": [], "running": []}
+    nameless = 0
+    live: list[tuple[float, float]] = []
+    running: list[tuple[float, float]] = []
     for mark in sorted((m for m in timeline if m.kind == "task"), key=lambda m: m.at_s):
         now, _, task = mark.text.partition(" ")
-        before = state.pop(task, "")
-        if before:
-            counts[before] -= 1
-        if now in counts:
+        if now in ("queued", "assigned", "running"):
             state[task] = now
-            counts[now] += 1
-        for name, line in found.items():
-            if not line or line[-1][1] != counts[name]:
-                line.append((mark.at_s, counts[name]))
-    return found["queued"], found["running"]
+        elif task:
+            state.pop(task, None)
+        else:
+            nameless += 1
+        counts = (max(0, len(state) - nameless), sum(each == "running" for each in state.values()))
+        for line, count in zip((live, running), counts, strict=True):
+            if not line or line[-1][1] != count:
+                line.append((mark.at_s, count))
+    return live, running
 
 
 def _fewer(line: Sequence[tuple[float, float]]) -> Iterator[tuple[float, float]]:

@@ -172,6 +172,9 @@ def test_tasks_are_counted_from_one_state_to_the_next() -> None:
         (1.0, "queued #1"), (2.0, "queued #2"), (3.0, "running #1"), (4.0, "queued #1"), (5.0, "running #2"),
         (6.0, "completed #2"), (7.0, "cancelled #1"),
     ]  # fmt: skip
-    waiting, running = task_counts([Mark(at, None, CLUSTER, "task", text) for at, text in reversed(steps)])
-    assert waiting == [(1.0, 1), (2.0, 2), (3.0, 1), (4.0, 2), (5.0, 1), (7.0, 0)]
+    live, running = task_counts([Mark(at, None, CLUSTER, "task", text) for at, text in reversed(steps)])
+    assert live == [(1.0, 1), (2.0, 2), (6.0, 1), (7.0, 0)]
     assert running == [(1.0, 0), (3.0, 1), (4.0, 0), (5.0, 1), (6.0, 0)]
+    nameless = [(1.0, "queued #1"), (2.0, "queued #2"), (3.0, "completed"), (4.0, "cancelled")]
+    live, running = task_counts([Mark(at, None, CLUSTER, "task", text) for at, text in nameless])
+    assert live == [(1.0, 1), (2.0, 2), (3.0, 1), (4.0, 0)]

@@ -15,6 +15,7 @@ from peer.version import VERSION
 from simulations.scenario import Fault, Op, Scenario
 from simulations.scenario_file import Trace, parse_scenario, read_scenario, read_trace, write_trace
 
+ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = Path(scenarios.__file__).with_name("scenarios")
 KINDS = {
     "power_loss": "peer", "partition": "group", "slow_disk": "peer", "link_cut": "pair", "crash_leader": "leader",
@@ -236,3 +237,15 @@ def test_the_scenarios_that_come_with_it_are_right(path: Path) -> None:
     scenario = read_scenario(path)
     assert scenario.faults
     assert any(op.kind == "submit" for op in scenario.ops)
+
+
+def test_the_documentation_is_of_these_faults_and_keys() -> None:
+    from simulations.world.faults import KINDS
+
+    page = (ROOT / "docs" / "simulations.md").read_text()
+    listed = page.split("<!-- faults -->")[1].split("<!-- /faults -->")[0]
+    rows = listed.strip().splitlines()[2:]
+    assert rows == [f"| `{name}` | {says} |" for name, says in KINDS.items()]
+    example = page.split("```yaml")[1].split("```")[0]
+    scenario = parse_scenario(example.encode(), "docs/simulations.md")
+    assert (scenario.hosts, scenario.upgraded, len(scenario.faults)) == (5, ("h5",), 2)
