@@ -13,6 +13,9 @@ A comparison that fails says that this try wrote nothing, not why. The keys then
                                    whether it took effect, and so it stays ambiguous
     they cannot be read            Ambiguous if an earlier try may have taken effect, else Unavailable
 
+A store that is full may say so of a transaction that it has applied all the same (etcd does, as it crosses its quota):
+Ambiguous with code `store_full`. Nothing is under way then, so the keys tell that as well.
+
 An epoch belongs to one `FencedCommits`: a process that starts anew must take a new one, since tries that the old one
 sent may still be under way and would carry the same numbers.
 """
@@ -20,10 +23,12 @@ sent may still be under way and would carry the same numbers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn, Protocol
+from typing import Final, NoReturn, Protocol
 
 from peer.errors import Ambiguous, BitinglipError, Fenced, StoreBroken, Unavailable
 from peer.ports import BATCH_KEY, LEADER_KEY, Compare, KeyValue, Put, TxnResult, Write
+
+STORE_FULL: Final = "store_full"  # code of Ambiguous and Unavailable
 
 
 class Transactions(Protocol):
@@ -104,7 +109,11 @@ class FencedCommits:
         ]
         try:
             done = await self._store.txn(compare, [*writes, Put(BATCH_KEY, self._name)])
-        except (Ambiguous, StoreBroken):
+        except Ambiguous as error:
+            if error.code != STORE_FULL:
+                raise
+            return await self._find_out_full(error, retried)
+        except StoreBroken:
             raise
         except (BitinglipError, ValueError, TypeError) as error:  # this try is not under way
             self._not_sent(error, retried)
@@ -121,6 +130,19 @@ class FencedCommits:
             return batch.mod_revision
         self._doubtful = None
         raise _fenced(self._epoch)
+
+    async def _find_out_full(self, error: Ambiguous, retried: bool) -> int:
+        """After a try that the full store has answered: did it, or an earlier one, take effect?"""
+        try:
+            found = await self._store.get([BATCH_KEY])
+        except (Unavailable, Ambiguous):
+            raise error from None
+        batch = found.get(BATCH_KEY)
+        if batch is not None and batch.value == self._name:
+            return batch.mod_revision
+        return self._not_sent(
+            Unavailable(error.message, code=STORE_FULL, retry_after_s=error.retry_after_s), retried
+        )
 
     def _not_sent(self, error: Exception, retried: bool) -> NoReturn:
         """This try writes nothing; earlier ones, if there were any, may have, or may yet."""
