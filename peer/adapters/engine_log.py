@@ -1,7 +1,11 @@
-"""What an engine process writes, as lines of the peer's log. Bounded in length and rate."""
+"""What an engine process writes, as lines of the peer's log. Bounded in length and rate.
+
+Other children's output is read the same way, with a `say` of their own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -49,8 +53,16 @@ class Lines:
         return text + " [cut]" if cut else text
 
 
-async def log_lines(descriptor: int, log: structlog.typing.FilteringBoundLogger) -> None:
-    """Read the pipe to its end; closes it. Lines beyond the rate are dropped and counted."""
+async def log_lines(
+    descriptor: int,
+    log: structlog.typing.FilteringBoundLogger,
+    say: Callable[[str, structlog.typing.FilteringBoundLogger], None] | None = None,
+) -> None:
+    """Read the pipe to its end; closes it. Lines beyond the rate are dropped and counted.
+
+    `say` writes a line to the log; by default it is taken for an engine's.
+    """
+    say = say or _log_line
     lines = Lines()
     second, count, dropped = 0, 0, 0
     async with trio.lowlevel.FdStream(descriptor) as pipe:
@@ -64,7 +76,7 @@ async def log_lines(descriptor: int, log: structlog.typing.FilteringBoundLogger)
                     second, count, dropped = now, 0, 0
                 count += 1
                 if count <= LINES_PER_S_MAX:
-                    _log_line(line, log)
+                    say(line, log)
                 else:
                     dropped += 1
             if not data:
