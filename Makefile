@@ -1,6 +1,8 @@
 # make demo    a peer, a real model, a generated text, and everything stopped again
 # make run     the same peer in the foreground at http://127.0.0.1:8000
 # make test    all that the tests need, then style, types, imports and tests
+# make simulate        failure simulations: 300 bad days of whole clusters, 500 of their decisions alone
+# make simulate-night  twenty times as many, and how many seeds each known bug takes to be found
 # make lint    style, types and imports only
 # make bench   measurements beside other programs, in environments of their own (ARGS=--quick: a short round)
 # make clean   remove caches, build outputs and the demo's data
@@ -11,7 +13,7 @@ export PYTHON
 BIN := .venv/bin
 # The tests that cover every branch of peer/state and peer/decide, which is asserted.
 PURE := tests/state tests/decide tests/leader tests/executor/test_judgements.py
-.PHONY: demo run test lint bench clean
+.PHONY: demo run test simulate simulate-night lint bench clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -28,6 +30,23 @@ test:
 	$(BIN)/coverage run -m pytest $(PURE)
 	$(BIN)/coverage report
 	$(BIN)/python -m pytest $(PURE:%=--ignore=%)
+	@$(MAKE) --no-print-directory simulate-ready
+
+simulate:
+	@.ci/setup test
+	@$(MAKE) --no-print-directory simulate-ready
+
+.PHONY: simulate-ready
+simulate-ready:
+	$(BIN)/bitinglip simulate --level policy --seeds 500
+	$(BIN)/bitinglip simulate --level world --seeds 300
+
+simulate-night:
+	@.ci/setup test
+	$(BIN)/bitinglip simulate --level policy --seeds 10000 --first 1000
+	$(BIN)/bitinglip simulate --level world --seeds 6000 --first 1000
+	$(BIN)/bitinglip simulate --level policy --bugs
+	$(BIN)/bitinglip simulate --level world --bugs
 
 lint:
 	@.ci/setup test

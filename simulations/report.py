@@ -73,8 +73,9 @@ def declared(level: Level) -> list[str]:
 
         return [name.removeprefix("fault ") for name in Sometimes.never(Counter())]
     from simulations.world.faults import KINDS
+    from simulations.world.sometimes import STATES
 
-    return sorted(KINDS)
+    return [*sorted(KINDS), *STATES]
 
 
 def counted(counts: Mapping[str, int]) -> Iterator[tuple[str, str]]:

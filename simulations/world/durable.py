@@ -143,6 +143,10 @@ class Durable:
             return
         if after.status not in _reachable(before.status):
             self._violated("transition_table", f"{before.task_id}: {before.status} -> {after.status}")
+        if after.status is not before.status:
+            self.sometimes[f"{before.status.value}->{after.status.value}"] += 1
+        if after.attempt == 3 and before.attempt < 3:
+            self.sometimes["given_a_third_time"] += 1
         self.checks["attempts_grow"] += 1
         if after.attempt < before.attempt:
             self._violated("attempts_grow", f"{before.task_id}: attempt {before.attempt} -> {after.attempt}")

@@ -215,6 +215,9 @@ class Cluster:
                     )
 
     def _mark_leaders(self, leading: dict[tuple[str, int], float]) -> None:
+        new = [name for name, epoch in leading if (name, epoch) not in self._leading]
+        if self._led and new and new[0] != self._led[-1].row:
+            self.sometimes["led_by_another_after_a_fault"] += 1
         for (name, epoch), since in self._leading.items():
             if (name, epoch) not in leading:
                 self._led.append(Mark(since, self.world.now(), name, "leader", f"epoch {epoch}"))
@@ -231,7 +234,7 @@ class Cluster:
         outcome.trace_tail = tuple(world.trace.tail)
         outcome.faults = self.injector.injected
         outcome.checks = self.checks + self.durable.checks + self.clients.checks
-        outcome.sometimes = self.sometimes + self.durable.sometimes + self.clients.sometimes
+        outcome.sometimes = self.sometimes + self.durable.sometimes + self.clients.sometimes + world.counts
         marks = [*self.injector.marks, *self._led, *self.clients.marks]
         marks += [
             Mark(since, end_s, name, "leader", f"epoch {epoch}")
