@@ -14,8 +14,15 @@ import stat
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from engine.errors import DeviceUnusable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
 
 KFD_DEVICE = Path("/dev/kfd")
 KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
@@ -187,9 +194,9 @@ def self_test(name: DeviceName) -> float:
     """
     began = time.monotonic()
     import numpy as np
-    from tinygrad import Device, Tensor
+    from tinygrad import Device
 
-    from engine import kernels, llvm, programs
+    from engine import llvm, programs
 
     programs.install()
     if name.compiler == "LLVM":
@@ -199,18 +206,75 @@ def self_test(name: DeviceName) -> float:
         opened.renderer  # noqa: B018 - opening a device does not yet prove that it has a compiler
     except (RuntimeError, OSError, AssertionError, ImportError, AttributeError, ExceptionGroup) as error:
         raise DeviceUnusable("no_device", f"{name} cannot be opened: {error}") from error
-    random = np.random.default_rng(1)
-    x, a, b = (random.standard_normal(shape).astype(np.float32) for shape in ((4, 64), (64, 64), (128, 64)))
-    product = (Tensor(x) @ Tensor(a)).numpy()
-    tensor = Tensor(x)
-    scale = kernels.inverse_norm(tensor, 1e-5)
-    layer = kernels.gated(kernels.matmul(tensor, Tensor(b).half(), scale=scale)).numpy()
-    normed = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-5) @ b.T
-    gate, up = normed[:, :64], normed[:, 64:]
-    wanted = {"matmul": (product, x @ a), "layer": (layer, gate / (1 + np.exp(-gate)) * up)}
-    for what, (got, right) in wanted.items():
+    for what, (got, right) in _known_results(np.random.default_rng(1)).items():
         worst = float(np.abs(got - right).max() / np.abs(right).max())
         if not worst < TOLERANCE:
             text = f"{name} computes a wrong {what} (error {worst:.2g}): do not use it; check driver and hardware"
             raise DeviceUnusable("self_test_failed", text)
     return time.monotonic() - began
+
+
+def _known_results(random: np.random.Generator) -> dict[str, tuple[Array, Array]]:
+    """What the device computes and what numpy does: a plain product, and a layer by the engine's own kernels."""
+    import numpy as np
+    from tinygrad import Tensor
+    from tinygrad.uop.ops import UOp
+
+    from engine import kernels
+
+    heads, groups, width = 4, 2, 16
+    size, rows = heads * width, 4
+    x, a, qkv, out = (
+        random.standard_normal(shape).astype(np.float32) / 4
+        for shape in ((rows, size), (size, size), ((heads + 2 * groups) * width, size), (size, size))
+    )
+    gate_up = random.standard_normal((2 * size, size)).astype(np.float32) / 4
+    product = (Tensor(x) @ Tensor(a)).numpy()
+    tensor, positions = Tensor(x), np.arange(rows)
+    turn = positions[:, None] / 100.0 ** (np.arange(width // 2) / width)[None, :]
+    angles = Tensor(np.stack([np.cos(turn), np.sin(turn)]).astype(np.float32))
+    where = Tensor(positions.astype(np.int32))
+    slots = Tensor(np.zeros(rows, dtype=np.int32))
+    scale = kernels.inverse_norm(tensor, 1e-5)
+    mixed_in = kernels.matmul(tensor, Tensor(qkv).half(), scale=scale)
+    cache = Tensor.zeros(2, 1, groups, 32, width).half().contiguous().realize()
+    cache = kernels.write_cache(cache, mixed_in, angles, slots, where, heads)
+    queries = kernels.rotate_queries(mixed_in, angles, heads, width, width**-0.5)
+    length = UOp.variable("length", 1, 32).bind(rows)
+    mixed = kernels.attention(queries, cache, slots, where, length).realize()
+    attended = kernels.matmul(mixed, Tensor(out).half(), residual=tensor)
+    inner = kernels.matmul(attended, Tensor(gate_up).half(), scale=kernels.inverse_norm(attended, 1e-5))
+    layer = kernels.gated(inner).numpy()
+    right_mixed = _attention(x, qkv, turn, heads, groups)
+    gate, up = np.split(_normed(x + right_mixed @ out.T) @ gate_up.T, 2, axis=1)
+    return {
+        "matmul": (product, x @ a),
+        "attention": (mixed.numpy(), right_mixed),
+        "layer": (layer, gate / (1 + np.exp(-gate)) * up),
+    }
+
+
+def _normed(x: Array) -> Array:
+    result: Array = x / ((x * x).mean(-1, keepdims=True) + 1e-5) ** 0.5
+    return result
+
+
+def _attention(x: Array, qkv: Array, turn: Array, heads: int, groups: int) -> Array:
+    """Of all rows to those before them, by numpy."""
+    import numpy as np
+
+    rows, width = len(x), turn.shape[1] * 2
+
+    q, k, v = np.split((_normed(x) @ qkv.T).reshape(rows, -1, width), [heads, heads + groups], axis=1)
+    cos, sin = np.cos(turn)[:, None], np.sin(turn)[:, None]
+    q, k = (
+        np.stack([t[..., 0::2] * cos - t[..., 1::2] * sin, t[..., 1::2] * cos + t[..., 0::2] * sin], -1)
+        for t in (q, k)
+    )
+    q, k = (t.reshape(rows, -1, width) for t in (q, k))
+    k, v = (np.repeat(t, heads // groups, axis=1) for t in (k, v))
+    scores = np.einsum("qhd,khd->hqk", q, k) / width**0.5 + np.triu(np.full((rows, rows), -np.inf), 1)
+    shares = np.exp(scores - scores.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    result: Array = np.einsum("hqk,khd->qhd", shares, v).reshape(rows, -1)
+    return result

@@ -11,7 +11,6 @@ Anything else that is raised on the device's thread is a device failure or a bug
 
 from __future__ import annotations
 
-
 MESSAGE_MAX = 1500  # characters: a hostile file may have names of megabytes
 
 

@@ -28,6 +28,8 @@ END_NAMES = (
     "<end_of_turn>",
 )
 
+_PHI3_NOT_STRIPPING = ("<unk>", "<s>", "<|endoftext|>")
+
 # https://github.com/ggml-org/llama.cpp/blob/master/src/llama-vocab.cpp, by tokenizer.ggml.pre
 _LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -156,9 +158,12 @@ def from_gguf(gguf: Gguf) -> Vocabulary:
         raise LoadError(
             "unsupported_tokenizer", f"{gguf.path} has a {model!r} tokenizer; usable are gpt2 and llama"
         )
+    strips = model == "llama" and gguf.text("general.architecture") == "phi3"  # as Phi-3's own tokenizer does
     tokenizer.add_special_tokens(
         [
-            AddedToken(name, special=True, normalized=False)
+            AddedToken(
+                name, special=True, normalized=False, rstrip=strips and name not in _PHI3_NOT_STRIPPING
+            )
             for name, kind in zip(names, kinds, strict=True)
             if kind in (CONTROL, USER_DEFINED) and name
         ]

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from tinygrad import Device, Tensor
 from tinygrad.llm.gguf import ggml_data_to_tensor
 from tinygrad.uop.ops import UOp
 
-from engine import gguf, kernels, llvm, programs
+from engine import device, gguf, kernels, llvm, programs
+from engine.errors import DeviceUnusable
 from engine.recording import recording
 from engine.weights import Weights, upload
 from tests.engine import small_gguf
@@ -132,8 +134,25 @@ def stored(_: Path) -> None:
     np.testing.assert_array_equal(step(given, length).numpy(), again)
 
 
+def wrong(_: Path) -> None:
+    """A device that computes one thing wrongly, whichever, is refused and says what."""
+    name = device.parse("CPU:LLVM")
+    assert device.self_test(name) > 0
+    right = {
+        part: getattr(kernels, part) for part in ("gated", "attention", "rotate_queries", "inverse_norm")
+    }
+    for part, kernel in right.items():
+        setattr(
+            kernels, part, lambda *args, kernel=kernel, **named: kernel(*args, **named).contiguous() * 1.1
+        )
+        with pytest.raises(DeviceUnusable, match=r"computes a wrong (attention|layer)") as caught:
+            device.self_test(name)
+        assert caught.value.code == "self_test_failed"
+        setattr(kernels, part, kernel)
+
+
 if __name__ == "__main__":
     llvm.install()
     programs.install()
     assert Device.DEFAULT in ("CPU", "AMD")
-    {check.__name__: check for check in (decoders, recorded, stored)}[sys.argv[1]](Path(sys.argv[2]))
+    {check.__name__: check for check in (decoders, recorded, stored, wrong)}[sys.argv[1]](Path(sys.argv[2]))

@@ -33,6 +33,11 @@ def test_same_as_plain_tinygrad(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+def test_a_wrong_device_is_refused(tmp_path: Path) -> None:
+    check("wrong", tmp_path)
+
+
+@pytest.mark.process
 @pytest.mark.skipif(
     "TINYGRAD_SOURCE" not in os.environ, reason="TINYGRAD_SOURCE names no checkout of tinygrad"
 )

@@ -32,6 +32,7 @@ SEED = 20261122
 HERE = Path(__file__).resolve().parent
 CORPUS = (HERE / "corpus.txt").read_text()
 PROMPT_LENGTHS = (45, 9, 21)
+UNPADDED = ("llama3", "qwen3")
 LONG_LENGTHS = (70, 66, 81)  # of "phi3-long"
 STEPS = 8
 INNER = (0, 7, 20, 33)  # positions of the first prompt whose logits are kept too
@@ -254,7 +255,8 @@ def make(name: str, llama_cpp: Path) -> None:
     folder.mkdir()
     (byte_level if tokenizer.startswith("bpe") else sentence_piece)(folder, tokenizer)
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
-    vocabulary = -(-len(loaded) // BLOCK) * BLOCK
+    # published matrices often have rows beyond the last token
+    vocabulary = len(loaded) if name in UNPADDED else -(-len(loaded) // BLOCK) * BLOCK
     settings = BASE | changes | {"vocab_size": vocabulary, "bos_token_id": loaded.bos_token_id}
     settings |= {"eos_token_id": loaded.eos_token_id, "pad_token_id": None}
     config = getattr(transformers, kind)(**settings)
