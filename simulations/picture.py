@@ -224,6 +224,8 @@ def _task_curves(outcome: Outcome, scale: _Scale, top: float, height: float) -> 
         return ""
     parts = []
     for name, counts in (("live", live), ("running", running)):
+        if not any(count for _, count in counts):
+            continue  # nothing says when tasks ran
         points, before = [(scale.x(0.0), top + height)], 0
         for at, count in _fewer(counts):
             x = scale.x(at)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 EXIT_SIMULATOR = 3
 SEEDS = 20
 SEEDS_MAX = 10_000_000
+WORLD_HOSTS_MAX = 200
 SHRINK_FAILURES_MAX = 3  # of the failures of one series; the others are named by their seeds
 FAILURES_TOLD_MAX = 20
 
@@ -100,6 +101,8 @@ def _contradictions(options: dict[str, Any]) -> None:
     for name in ("seed", "seeds", "scenario", "bug"):
         if alone and options[name] not in (None, "") and (name, alone[0]) != ("bug", "bugs"):
             raise click.UsageError(f"--{name} and --{alone[0]} do not go together")
+    if options["level"] == "world" and (options["hosts"] or 0) > WORLD_HOSTS_MAX:
+        raise click.UsageError(f"--hosts: at most {WORLD_HOSTS_MAX} at the world level; try --level policy")
     if options["scenario"] and options["level"] == "policy":
         raise click.UsageError("--scenario is for --level world: the policy level draws its faults itself")
 

@@ -159,6 +159,7 @@ def test_a_scenario_from_a_file(run: Run, tmp_path: Path, monkeypatch: pytest.Mo
         (("--replay", "x", "--seed", "1"), "--seed and --replay do not go together"),
         (("--scenario", "x", "--hosts", "3"), "--hosts: --scenario says it already"),
         (("--scenario", "x", "--level", "policy"), "--scenario is for --level world"),
+        (("--hosts", "201"), "--hosts: at most 200 at the world level; try --level policy"),
         (("--hours", "0"), "Invalid value for '--hours'"),
         (("--bug", "requeue_keeps_atempt"), "did you mean `requeue_keeps_attempt`?"),
         (("--replay", "none.json"), "the trace none.json cannot be read: No such file"),
