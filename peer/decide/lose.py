@@ -17,8 +17,8 @@ def wake(snapshot: Snapshot, now: float) -> Decision:
     If the last tick was long ago, this leader slept, and others are not to blame. Who was silent before stays so: sleep
     raises nobody from the dead.
     """
-    asleep_s = now - snapshot.ticked_at
-    if snapshot.ticked_at and asleep_s > STARVED_S:
+    asleep_s = now - (snapshot.ticked_at or snapshot.started_at)  # its first tick may come late as well
+    if asleep_s > STARVED_S:
         decision = Decision(reasons=[f"this leader was not awake for {asleep_s:.1f} s"])
         decision.changes.append(Ticked(now, slept=True))
         for peer_id in snapshot.unlinked:

@@ -8,12 +8,13 @@ from typing import Any
 
 from msgspec.structs import replace as changed
 
-from peer.decide import place, rebalance, record, recover, schedule, workers
+from peer.decide import lose, place, rebalance, record, recover, retain, schedule, workers
 from peer.decide.decision import Decision
 from peer.state.model import HOLDS_MEMORY, Replica, ReplicaState
 from peer.state.order import AttemptFinished, RunAttempt, StopAttempt
-from peer.state.snapshot import Save, Snapshot
-from peer.state.task import Status, Task, TaskResult
+from peer.state.plan import Plan
+from peer.state.snapshot import Drop, Lose, Save, Snapshot
+from peer.state.task import Idempotency, Status, Task, TaskResult
 from peer.state.worker import EngineState
 from simulations.policy.shell import Decisions
 
@@ -269,6 +270,117 @@ def _second_load_at_once(decisions: Decisions) -> None:
     decisions.schedule = _schedule_with(slots)
 
 
+def _ignores_the_share(decisions: Decisions) -> None:
+    """Whoever the evidence is against is lost, however many."""
+
+    def wrong(snapshot: Snapshot, now: float) -> Decision:
+        with _replaced(lose, "_budget", lambda snapshot, now: 1_000):
+            return lose.lose(snapshot, now)
+
+    decisions.lose = wrong
+
+
+def _sleeps_and_blames(decisions: Decisions) -> None:
+    """The leader's own sleep counts as everybody's silence."""
+
+    def wrong(snapshot: Snapshot, now: float) -> Decision:
+        with _replaced(lose, "STARVED_S", float("inf")):
+            return lose.wake(snapshot, now)
+
+    decisions.wake = wrong
+
+
+def _believes_gossip(decisions: Decisions) -> None:
+    """A rumour alone is evidence."""
+
+    def wrong(snapshot: Snapshot, now: float) -> Decision:
+        decision = lose.lose(snapshot, now)
+        for peer_id, rumour in snapshot.rumours.items():
+            if rumour.status == "failed" and peer_id not in snapshot.lost and snapshot.peers.get(peer_id):
+                decision.changes.append(Lose(peer_id, now, "gossip says so", True))
+        return decision
+
+    decisions.lose = wrong
+
+
+def _forgets_drains(decisions: Decisions) -> None:
+    """They are in the leader's memory only."""
+    decisions.loaded = lambda snapshot: snapshot.draining.clear()
+
+
+def _drops_unheard_drains(decisions: Decisions) -> None:
+    """A new leader takes a worker that it has not heard for one where the replica is gone."""
+
+    def reconcile(snapshot: Snapshot, now: float) -> Decision:
+        decision = place.reconcile(snapshot, now)
+        for (worker_id, name), draining in snapshot.draining.items():
+            if name not in snapshot.replicas.get(worker_id, {}) and worker_id not in snapshot.reports:
+                decision.changes.append(Drop(draining))
+        return decision
+
+    decisions.reconcile = reconcile
+
+
+def _gives_back_what_an_owner_unloads(decisions: Decisions) -> None:
+    """A move that is given up ends every drain of its source."""
+
+    def advance(snapshot: Snapshot, now: float) -> Decision:
+        decision = rebalance.advance(snapshot, now)
+        for change in list(decision.changes):
+            if isinstance(change, Save) and isinstance(change.record, Plan):
+                for move in change.record.moves:
+                    draining = snapshot.draining.get((move.from_worker or "", move.model))
+                    if move.state == "failed" and draining is not None:
+                        decision.changes.append(Drop(draining))
+        return decision
+
+    decisions.advance = advance
+
+
+def _requeues_the_lost_twice(decisions: Decisions) -> None:
+    """Each of a lost worker's tasks is given a strike for its worker, and one for its peer."""
+
+    def lost_attempts(snapshot: Snapshot, now: float) -> Decision:
+        decision = recover.lost_attempts(snapshot, now)
+        for i, change in enumerate(decision.changes):
+            if isinstance(change, Save) and isinstance(change.record, Task):
+                task = change.record
+                if task.status is Status.QUEUED and "is lost" in task.requeued_because:
+                    decision.changes[i] = Save(changed(task, strikes=task.strikes + 1))
+        return decision
+
+    decisions.lost_attempts = lost_attempts
+
+
+def _retention_forgets_keys_of_live_tasks(decisions: Decisions) -> None:
+    """The idempotency record goes with the task's first attempt."""
+    submit = decisions.submit
+
+    def wrong(*args: Any) -> Decision:
+        decision = submit(*args)
+        decision.changes = [
+            c for c in decision.changes if not (isinstance(c, Save) and isinstance(c.record, Idempotency))
+        ]
+        return decision
+
+    decisions.submit = wrong
+
+
+def _retention_drops_live_tasks(decisions: Decisions) -> None:
+    """What is forgotten is as many as are surplus, whether they have ended or not."""
+
+    def wrong(tasks: Any) -> Decision:
+        decision = retain.forget_tasks(tasks)
+        for snapshot in seen[-1:]:
+            held = [task for of in snapshot.held.values() for task in of.values()]
+            decision.changes += [Drop(task) for task in held[:1]]
+        return decision
+
+    seen: list[Snapshot] = []
+    decisions.loaded = seen.append
+    decisions.forget_tasks = wrong
+
+
 BUGS: dict[str, Switch] = {
     "requeue_keeps_attempt": _requeue_keeps_attempt,
     "accepts_dead_results": _accepts_dead_results,
@@ -287,4 +399,13 @@ BUGS: dict[str, Switch] = {
     "foresees_for_ever": _foresees_for_ever,
     "held_tasks_never_time_out": _never_times_out,
     "runs_on_loading_replicas": _second_load_at_once,
+    "ignores_the_share": _ignores_the_share,
+    "sleeps_and_blames": _sleeps_and_blames,
+    "believes_gossip": _believes_gossip,
+    "forgets_drains": _forgets_drains,
+    "drops_unheard_drains": _drops_unheard_drains,
+    "gives_back_what_an_owner_unloads": _gives_back_what_an_owner_unloads,
+    "requeues_the_lost_twice": _requeues_the_lost_twice,
+    "drops_keys_of_live_tasks": _retention_forgets_keys_of_live_tasks,
+    "retention_drops_live_tasks": _retention_drops_live_tasks,
 }

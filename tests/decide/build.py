@@ -158,7 +158,7 @@ class World:
 
     def wake(self) -> None:
         """Whoever is silent by now is known to be; not by a leader that slept."""
-        self.s.ticked_at = 0.0
+        self.s.ticked_at = self.now
         self.take(lose.wake(self.s, self.now))
 
     def lost_attempts(self) -> None:

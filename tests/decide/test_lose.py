@@ -267,6 +267,16 @@ def test_the_leaders_own_sleep_is_nobodys_silence() -> None:
     assert list(world.s.silent) == ["w1"]
 
 
+def test_a_leader_that_sleeps_before_its_first_tick_blames_nobody() -> None:
+    world = World()
+    world.known("w1")
+    world.later(12)
+    assert tick(world) == []
+    assert list(world.s.listened) == ["w1"]
+    assert wait(world, 6.0) == []
+    assert wait(world, 0.25) == ["p1"]
+
+
 def test_sleep_raises_nobody_from_the_dead() -> None:
     world = cluster(3)
     link(world, "p1", False)
