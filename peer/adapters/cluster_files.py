@@ -1,0 +1,150 @@
+"""What a host of a cluster keeps of it, in DATA_DIR/cluster: each file is replaced at once, durable, mode 0600.
+
+cluster.json   the cluster's name, this host's, and where others were; written last: without it there is no cluster
+host.pem       this host's private key and certificate, in one file, so that they never come apart
+ca.pem         the cluster's CA, the only one that is trusted
+authority.pem  the CA with its private key; on voters
+gossip.key     what gossip is encrypted with
+pending.pem    a private key whose certificate has not come yet: who asks again asks for the same
+"""
+
+from __future__ import annotations
+
+import base64
+import secrets
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from peer.adapters import certificates
+from peer.adapters.certificates import Authority, Credentials
+from peer.errors import ConfigError, Conflict
+from peer.identity import make_folder, write_private
+from peer.state.base import Record
+from peer.state.enrol import CERTIFICATE_S, CLOCK_SKEW_S, Enrolled, Grant
+
+FOLDER: Final = "cluster"
+GOSSIP_KEY_BYTES: Final = 32
+SERIAL_BYTES: Final = 16
+
+
+class Belonging(Record, frozen=True):
+    """To which cluster this host belongs, and as whom."""
+
+    cluster: str
+    peer_id: str
+    voter: bool
+    seeds: tuple[str, ...] = ()
+
+
+class ClusterFiles:
+    """The folder of one data directory. Methods raise OSError where the disk does, ConfigError on damaged files."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.folder = data_dir / FOLDER
+
+    def belonging(self) -> Belonging | None:
+        """None: this host is in no cluster."""
+        file = self.folder / "cluster.json"
+        try:
+            return msgspec.json.decode(file.read_bytes(), type=Belonging)
+        except FileNotFoundError:
+            return None
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{file} is damaged: {error}") from None
+
+    def found(self, cluster: str, peer_id: str, addresses: tuple[str, ...], now: float) -> Belonging:
+        """Make a new cluster with this host as its first. Raises Conflict if it is in one."""
+        self._check_in_none()
+        make_folder(self.folder)
+        authority = Authority.create(now)
+        key = certificates.new_key()
+        csr = certificates.request(key)
+        grant = Grant(
+            cluster=cluster,
+            peer_id=peer_id,
+            serial=secrets.token_hex(SERIAL_BYTES),
+            key_sha256=certificates.key_sha256(key),
+            not_before=now - CLOCK_SKEW_S,
+            not_after=now + CERTIFICATE_S,
+            voter=True,
+            addresses=addresses,
+        )
+        self.keep_authority(authority.pem)
+        return self._join(
+            key,
+            Enrolled(
+                cluster=cluster,
+                peer_id=peer_id,
+                certificate=authority.sign(csr, grant),
+                ca=authority.certificate_pem,
+                voter=True,
+                gossip_key=base64.b64encode(secrets.token_bytes(GOSSIP_KEY_BYTES)).decode(),
+            ),
+        )
+
+    def pending_key(self) -> str:
+        """The private key to ask a certificate for, the same until one has come. Raises Conflict as `found` does."""
+        self._check_in_none()
+        make_folder(self.folder)
+        file = self.folder / "pending.pem"
+        if not file.exists():
+            write_private(file, certificates.new_key())
+        return file.read_text()
+
+    def joined(self, key_pem: str, enrolled: Enrolled) -> Belonging:
+        """Keep what a host of the cluster has sent."""
+        belonging = self._join(key_pem, enrolled)
+        (self.folder / "pending.pem").unlink(missing_ok=True)
+        return belonging
+
+    def renewed(self, key_pem: str, certificate_pem: str) -> Credentials:
+        """Replace this host's certificate and its key."""
+        write_private(self.folder / "host.pem", key_pem + certificate_pem)
+        return self.credentials()
+
+    def keep_authority(self, pem: str) -> None:
+        """Write the CA's private key down, for the day when this host leads. Raises ConfigError if it is none."""
+        write_private(self.folder / "authority.pem", Authority(pem).pem)
+
+    def credentials(self) -> Credentials:
+        """What this host shows to others, and whom it trusts."""
+        return Credentials.load(self.folder / "host.pem", self.ca_pem())
+
+    def ca_pem(self) -> str:
+        return self._read("ca.pem")
+
+    def gossip_key(self) -> str:
+        """Base64."""
+        return self._read("gossip.key").strip()
+
+    def authority(self) -> Authority | None:
+        """The CA with its private key, on voters that have got it."""
+        if not (self.folder / "authority.pem").exists():
+            return None
+        return Authority(self._read("authority.pem"))
+
+    def _join(self, key_pem: str, enrolled: Enrolled) -> Belonging:
+        belonging = Belonging(
+            cluster=enrolled.cluster, peer_id=enrolled.peer_id, voter=enrolled.voter, seeds=enrolled.seeds
+        )
+        write_private(self.folder / "host.pem", key_pem + enrolled.certificate)
+        write_private(self.folder / "ca.pem", enrolled.ca)
+        write_private(self.folder / "gossip.key", enrolled.gossip_key + "\n")
+        write_private(self.folder / "cluster.json", msgspec.json.encode(belonging).decode() + "\n")
+        return belonging
+
+    def _check_in_none(self) -> None:
+        belonging = self.belonging()
+        if belonging is not None:
+            raise Conflict(
+                f"this host is in the cluster {belonging.cluster!r} already, as {belonging.peer_id}",
+                code="in_a_cluster",
+            )
+
+    def _read(self, name: str) -> str:
+        try:
+            return (self.folder / name).read_text()
+        except FileNotFoundError:
+            raise ConfigError(f"{self.folder / name} is missing") from None

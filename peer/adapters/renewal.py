@@ -1,0 +1,70 @@
+"""A host's certificate is renewed when two thirds of its life are over, with a new key; connections go on."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import structlog
+
+from peer.adapters import certificates
+from peer.adapters.certificates import Credentials, Subject
+from peer.adapters.cluster_files import ClusterFiles
+from peer.errors import BitinglipError, ConfigError
+from peer.ports import Clock, Entropy
+from peer.state.enrol import RENEW_SHARE, Renew
+
+log = structlog.get_logger("peer")
+
+LOOK_S: Final = 3_600.0  # how often it is looked whether it is time
+RETRY_S: Final = (60.0, 600.0)  # after a failure, at random between: not all hosts at once
+
+
+def due_at(subject: Subject) -> float:
+    """When a certificate is to be renewed, in seconds since 1970."""
+    return subject.not_before + RENEW_SHARE * (subject.not_after - subject.not_before)
+
+
+async def keep_renewed(
+    files: ClusterFiles,
+    use: Callable[[Credentials], None],
+    ask: Callable[[Renew], Awaitable[str]],
+    clock: Clock,
+    entropy: Entropy,
+) -> None:
+    """Until cancelled. `ask` brings the certificate, PEM, by way of the link; `use` is shown what to use from then on.
+
+    Raises OSError when the disk does.
+    """
+    credentials = files.credentials()
+    while True:
+        now = clock.wall()
+        due_in_s = due_at(credentials.subject) - now
+        if due_in_s > 0:
+            await clock.sleep(min(due_in_s, LOOK_S))
+            continue
+        try:
+            credentials = await _renew(files, credentials, ask, clock)
+            use(credentials)
+            log.info("certificate_renewed", expires_in_s=round(credentials.subject.not_after - now))
+        except (BitinglipError, ConfigError) as error:
+            left_s = round(credentials.subject.not_after - now)
+            log.warning("certificate_not_renewed", why=str(error), expires_in_s=left_s)
+            await clock.sleep(entropy.uniform(*RETRY_S))
+
+
+async def _renew(
+    files: ClusterFiles, old: Credentials, ask: Callable[[Renew], Awaitable[str]], clock: Clock
+) -> Credentials:
+    key = certificates.new_key()
+    command = Renew(
+        peer_id=old.subject.peer_id,
+        csr=certificates.request(key),
+        key_sha256=certificates.key_sha256(key),
+        addresses=old.addresses,
+    )
+    certificate = await ask(command)
+    subject = certificates.check_issued(certificate, old.ca_pem, key, clock.wall())
+    if subject[:2] != old.subject[:2]:
+        raise BitinglipError(f"the certificate that came is for {subject.peer_id} of {subject.cluster!r}")
+    return files.renewed(key, certificate)

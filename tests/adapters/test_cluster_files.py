@@ -1,0 +1,123 @@
+"""What a host keeps of its cluster, and how its certificate is renewed."""
+
+from __future__ import annotations
+
+import ssl
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+
+from peer.adapters import certificates
+from peer.adapters.certificates import Authority, Subject
+from peer.adapters.clock import SystemEntropy
+from peer.adapters.cluster_files import ClusterFiles
+from peer.adapters.renewal import LOOK_S, RETRY_S, due_at, keep_renewed
+from peer.errors import ConfigError, Conflict, Unavailable
+from peer.state.enrol import Renew
+from tests.adapters.joining import Leader
+
+
+@pytest.fixture
+def founded(tmp_path: Path) -> ClusterFiles:
+    files = ClusterFiles(tmp_path / "h1")
+    files.folder.parent.mkdir()
+    files.found("c1", "h1", ("127.0.0.1",), time.time())
+    return files
+
+
+@pytest.fixture
+def newcomer(tmp_path: Path) -> ClusterFiles:
+    (tmp_path / "h2").mkdir()
+    return ClusterFiles(tmp_path / "h2")
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_cluster_is_founded_once(founded: ClusterFiles) -> None:
+    with pytest.raises(Conflict, match="in the cluster 'c1' already, as h1"):
+        founded.found("c2", "h1", (), time.time())
+
+
+def test_damaged_files_are_named(founded: ClusterFiles) -> None:
+    (founded.folder / "ca.pem").unlink()
+    with pytest.raises(ConfigError, match=r"ca\.pem is missing"):
+        founded.credentials()
+    (founded.folder / "cluster.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"cluster\.json is damaged"):
+        founded.belonging()
+
+
+def test_the_cas_key_is_kept_where_it_is_one(founded: ClusterFiles, newcomer: ClusterFiles) -> None:
+    newcomer.pending_key()
+    authority = founded.authority()
+    assert authority is not None
+    newcomer.keep_authority(authority.pem)
+    copied = newcomer.authority()
+    assert isinstance(copied, Authority)
+    assert copied.certificate_pem == founded.ca_pem()
+    with pytest.raises(ConfigError):
+        newcomer.keep_authority(founded.ca_pem())
+
+
+# ---------------------------------------------------------------- renewal
+
+
+def test_two_thirds_of_a_life() -> None:
+    assert due_at(Subject("c1", "h1", "1", 100.0, 400.0)) == pytest.approx(300.0)
+
+
+async def test_a_certificate_is_renewed_in_time(founded: ClusterFiles, autojump_clock: Any) -> None:
+    """Not before it is due, again after failures, with a new key."""
+
+    class Clock:
+        def __init__(self) -> None:
+            self.began = time.time()
+
+        def now(self) -> float:
+            return trio.current_time()
+
+        def wall(self) -> float:
+            return self.began + trio.current_time()
+
+        async def sleep(self, seconds: float) -> None:
+            await trio.sleep(seconds)
+
+    clock = Clock()
+    leader = Leader(founded, clock)
+    first = founded.credentials()
+    key = first.file.read_text()
+    used: list[tuple[float, str]] = []
+    asked: list[float] = []
+
+    async def ask_leader(command: Renew) -> str:
+        asked.append(clock.wall())
+        if len(asked) <= 3:
+            raise Unavailable("no leader")
+        if len(asked) == 4:
+            return first.file.read_text()[first.file.read_text().index("-----BEGIN CERT") :]  # another key's
+        return await leader.renew(command)
+
+    def use(credentials: certificates.Credentials) -> None:
+        used.append((clock.wall(), credentials.subject.serial))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_renewed, founded, use, ask_leader, clock, SystemEntropy())
+        with trio.move_on_after(21 * 86_400):
+            await trio.sleep_forever()
+        nursery.cancel_scope.cancel()
+    due = due_at(first.subject)
+    assert 0 <= asked[0] - due <= LOOK_S
+    gaps = [later - earlier for earlier, later in pairwise(asked)]
+    assert len(gaps) == 4
+    assert all(RETRY_S[0] <= gap <= RETRY_S[1] for gap in gaps)
+    assert [serial for _, serial in used] == ["aa"]
+    renewed = founded.credentials()
+    assert renewed.subject.serial == "aa"
+    assert renewed.addresses == first.addresses
+    assert renewed.file.read_text()[:200] != key[:200]
+    assert isinstance(renewed.server_context(), ssl.SSLContext)
