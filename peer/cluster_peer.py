@@ -88,11 +88,17 @@ class ClusterPeer:
         self.election: Election | None = None
         if store is not None:
             self.election = Election(
-                identity.peer_id, store, clock, entropy, lead=self._lead, seen=self._seen_leader
+                identity.peer_id,
+                identity.link,
+                store,
+                clock,
+                entropy,
+                lead=self._lead,
+                seen=self._seen_leader,
             )
         self._scope: trio.CancelScope | None = None
         self._executed = trio.Event()
-        self._holder = ""  # of the leader key, when this voter last looked
+        self._holder, self._holder_address = "", ""  # of the leader key, when this voter last looked
         self._followers: Followers | None = None
         self.leader: Leader | None = None
         self.journal: Journal | None = None
@@ -155,10 +161,10 @@ class ClusterPeer:
         if self.election is not None:
             self.election.trust(peer_id)
 
-    def _seen_leader(self, peer_id: str) -> None:
-        self._holder = peer_id
+    def _seen_leader(self, peer_id: str, address: str) -> None:
+        self._holder, self._holder_address = peer_id, address
         if peer_id and not self.follower.leader:
-            self.follower.hint(peer_id)
+            self.follower.hint(peer_id, address)
 
     def _rumour(self, member: Member) -> None:
         if self.leader is not None:
@@ -259,15 +265,23 @@ class ClusterPeer:
         if version is None:
             await _refuse(connection, f"no common wire version: here {self._identity.wire_versions}")
         elif followers is None or leader is None or journal is None:
-            holder = self.follower.leader or self._holder
-            await _refuse(connection, "this peer does not lead", "" if holder == hello.peer_id else holder)
+            await self._refuse_to_lead(connection, hello.peer_id)
         else:
             await followers.serve(Session(connection), version, leader, journal)
 
+    async def _refuse_to_lead(self, connection: Connection, caller: str) -> None:
+        """Say who leads, if this peer knows and it is news to the caller."""
+        leader = self.follower.leader or self._holder
+        address = self.membership.address(leader)
+        if leader == self._holder:
+            address = self._holder_address or address
+        known = leader if leader != caller else ""
+        await _refuse(connection, "this peer does not lead", known, (known and address) or "")
 
-async def _refuse(connection: Connection, reason: str, leader: str = "") -> None:
+
+async def _refuse(connection: Connection, reason: str, leader: str = "", address: str = "") -> None:
     with trio.move_on_after(limits.LINK_SILENT_S), suppress(Unavailable):
-        await connection.send(wire.encode(wire.Refused(reason=reason, leader=leader)))
+        await connection.send(wire.encode(wire.Refused(reason=reason, leader=leader, address=address)))
 
 
 def _first(group: BaseExceptionGroup[BitinglipError]) -> BitinglipError:

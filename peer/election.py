@@ -64,20 +64,23 @@ Lead = Callable[[Leadership], Awaitable[None]]
 class Election:
     """`lead` serves until it is cancelled, which happens when the leadership is lost; its errors end the epoch.
 
-    `seen` hears who holds the leader key, whenever that was read.
+    `address` is that of this peer's link. `seen(peer_id, address)` hears who holds the leader key, whenever that was
+    read: so a voter finds the leader also when gossip knows nothing.
     """
 
     def __init__(
         self,
         peer_id: str,
+        address: str,
         store: Store,
         clock: Clock,
         entropy: Entropy,
         *,
         lead: Lead,
-        seen: Callable[[str], None],
+        seen: Callable[[str, str], None],
     ) -> None:
         self._peer_id = peer_id
+        self._address = address
         self._store = store
         self._clock = clock
         self._entropy = entropy
@@ -117,7 +120,7 @@ class Election:
             self._wake = trio.Event()
             try:
                 seen = await self._look()
-                self._seen(seen.holder)
+                self._seen(seen.holder, seen.address)
                 evidence = self._evidence.get(seen.holder, "")
                 guard, action = elect.candidate(self._peer_id, seen, guard, evidence, self._clock.now())
                 await self._act(action)
@@ -130,9 +133,11 @@ class Election:
     async def _look(self) -> elect.Seen:
         found = await self._store.get([LEADER_KEY, BEAT_KEY])
         key, beat = found.get(LEADER_KEY), found.get(BEAT_KEY)
+        holder, address = elect.holder_of(key.value) if key is not None else ("", "")
         return elect.Seen(
             epoch=key.create_revision if key is not None else 0,
-            holder=key.value.decode().partition(" ")[0] if key is not None else "",
+            holder=holder,
+            address=address,
             beat_revision=beat.mod_revision if beat is not None else 0,
             ended=self._clock.now(),
         )
@@ -159,17 +164,17 @@ class Election:
         """One try. What was ambiguous is cleared up by reading the key: its value is this try's alone."""
         begun = self._clock.now()
         lease = await self._store.grant(limits.LEASE_TTL_S)
-        name = f"{self._peer_id} {self._entropy.token(8)}"
+        name = elect.key_value(self._peer_id, self._address, self._entropy.token(8))
         try:
             try:
                 await self._store.txn(
                     [Compare(LEADER_KEY, "create_revision", 0)],
-                    [Put(LEADER_KEY, name.encode(), lease.lease_id)],
+                    [Put(LEADER_KEY, name, lease.lease_id)],
                 )
             except StoreError as error:
                 log.info("campaign_unclear", why=error.message)
             key = (await self._store.get([LEADER_KEY])).get(LEADER_KEY)
-            if key is not None and key.value == name.encode() and not self._resigning:
+            if key is not None and key.value == name and not self._resigning:
                 await self._hold(Leadership(key.create_revision, self._clock, begun), lease.lease_id)
         finally:
             await self._let_go(lease.lease_id)

@@ -85,7 +85,8 @@ class Follower:
         self._changed = trio.Event()
         self._calls: dict[int, _Forwarded] = {}
         self._calls_made = 0
-        self._hint = ""
+        self._hint = ""  # whom to ask next
+        self._hinted = ("", "")  # who was hinted at last, and its address
         self._unreached = ""
         self.leader = ""  # of the session; "" while there is none
         self.epoch = 0
@@ -178,9 +179,10 @@ class Follower:
             else:
                 await trio.sleep(self._entropy.uniform(*_IDLE_S))
 
-    def hint(self, peer_id: str) -> None:
-        """This one leads, somebody says: ask it first."""
-        self._hint = peer_id if peer_id != self._peer_id else ""
+    def hint(self, peer_id: str, address: str = "") -> None:
+        """This one leads, somebody says, and is to be found there: ask it first."""
+        if peer_id != self._peer_id:
+            self._hint, self._hinted = peer_id, (peer_id, address)
 
     def _order(self) -> list[str]:
         """Whom to ask: first whom another peer has named, last who did not answer."""
@@ -192,6 +194,8 @@ class Follower:
     async def _try(self, peer_id: str) -> None:
         """Ask one peer whether it leads, and follow it to the end of the session if so."""
         address = self._directory.address(peer_id)
+        if self._hinted[0] == peer_id:
+            address = self._hinted[1] or address
         if address is None:
             return
         try:
@@ -211,7 +215,7 @@ class Follower:
         else:
             await connection.aclose()
             if isinstance(answer, wire.Refused) and answer.leader:
-                self.hint(answer.leader)
+                self.hint(answer.leader, answer.address)
 
     def _is_gone(self, peer_id: str, why: str) -> None:
         self._unreached = peer_id

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from peer.limits import GUARD_S, READ_FRESH_S, STEP_DOWN_S
 
 _LOOK_S = 1.0  # how often a voter without evidence looks at the leader key
+_LOOK_CLOSELY_S = 0.25  # and one with evidence: a leader that stops politely gives the key back at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,20 @@ class Seen:
 
     epoch: int  # 0: nobody leads
     holder: str
+    address: str  # of the holder's link
     beat_revision: int  # 0: never beaten
     ended: float
+
+
+def key_value(peer_id: str, address: str, nonce: str) -> bytes:
+    """What the leader key holds: who leads, where its link is, and what makes this try's value its own."""
+    return f"{peer_id} {address} {nonce}".encode()
+
+
+def holder_of(value: bytes) -> tuple[str, str]:
+    """The peer and the address of its link in a leader key's value; "" for what is not there."""
+    peer_id, _, rest = value.decode(errors="replace").partition(" ")
+    return peer_id, rest.partition(" ")[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +96,7 @@ def candidate(
         guard = Guard(seen.epoch, seen.beat_revision, seen.ended)
     left = guard.since + GUARD_S - now
     if left > 0:
-        return guard, Wait(left, f"{seen.holder} may be gone ({evidence}): is its beat still?")
+        return guard, Wait(min(left, _LOOK_CLOSELY_S), f"{seen.holder} may be gone ({evidence}): is its beat still?")
     return guard, Depose(seen.epoch, seen.beat_revision, f"{evidence}, and no beat for {GUARD_S:g} s")
 
 

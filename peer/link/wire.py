@@ -46,10 +46,11 @@ class Welcome(Record, frozen=True, tag="welcome"):
 
 
 class Refused(Record, frozen=True, tag="refused"):
-    """`leader` is who leads as far as this peer knows, "" if it does not."""
+    """`leader` is who leads as far as this peer knows, and where; "" if it does not."""
 
     reason: str
     leader: str = ""
+    address: str = ""
 
 
 class Ping(Record, frozen=True, tag="ping"):

@@ -65,7 +65,7 @@ def _guard_without_condition(
 
 
 def changed_seen(seen: elect.Seen, beat_revision: int) -> elect.Seen:
-    return elect.Seen(seen.epoch, seen.holder, beat_revision, seen.ended)
+    return elect.Seen(seen.epoch, seen.holder, seen.address, beat_revision, seen.ended)
 
 
 async def _beat_unfenced(self: Election, leadership: Leadership) -> None:
@@ -103,11 +103,11 @@ async def _campaign_believed(self: Election) -> None:
     """A campaign that timed out is taken for won."""
     begun = self._clock.now()
     lease = await self._store.grant(5.0)
-    name = f"{self._peer_id} {self._entropy.token(8)}"
+    name = elect.key_value(self._peer_id, self._address, self._entropy.token(8))
     won = True
     try:
         done = await self._store.txn(
-            [Compare(LEADER_KEY, "create_revision", 0)], [Put(LEADER_KEY, name.encode(), lease.lease_id)]
+            [Compare(LEADER_KEY, "create_revision", 0)], [Put(LEADER_KEY, name, lease.lease_id)]
         )
         won = done.succeeded
     except StoreError:

@@ -50,7 +50,9 @@ _DETAILS: Final[Mapping[str, Kind]] = MappingProxyType(
         "crash_leader": Kind("the same to whoever leads then", "leader", (1, 20), mark="down"),
         "power_loss": Kind("the whole host is gone, its store member too", "peer", (5, 40), mark="down"),
         "lost_disk": Kind("power loss, and a new disk: epoch and model files are gone", "peer", (5, 30), mark="down"),
-        "freeze": Kind("SIGSTOP of the process; strength from 0.5: of the whole host", "peer", (0.5, 12), (0, 1), "frozen"),
+        "freeze": Kind(
+            "SIGSTOP of the process; strength from 0.5: of the whole host", "peer", (0.5, 12), (0, 1), "frozen"
+        ),
         "freeze_leader": Kind("the same to whoever leads then", "leader", (1, 12), (0, 1), "frozen"),
         "stop": Kind("a polite stop (drain, leave), and a start after the time", "peer", (1, 20), mark="down"),
         "stop_leader": Kind("the same to whoever leads then", "leader", (1, 20), mark="down"),

@@ -132,7 +132,8 @@ class SimHost:
             return
         with trio.move_on_after(DRAIN_S + 10.0):
             await peer.stop(DRAIN_S)
-            self.shared.gossip.leave(self.peer_id)
+            if self.incarnation is incarnation:
+                self.shared.gossip.leave(self.peer_id)
         if incarnation.alive:
             incarnation.crash()
 

@@ -12,6 +12,8 @@ from peer.decide.elect import (
     Seen,
     Wait,
     candidate,
+    holder_of,
+    key_value,
     must_step_down,
     vouched,
 )
@@ -19,7 +21,13 @@ from peer.limits import BEAT_S, GUARD_S, LEASE_TTL_S, READ_FRESH_S, STEP_DOWN_S
 
 
 def seen(epoch: int = 7, holder: str = "h2", beat: int = 40, ended: float = 100.0) -> Seen:
-    return Seen(epoch=epoch, holder=holder, beat_revision=beat, ended=ended)
+    return Seen(epoch=epoch, holder=holder, address="", beat_revision=beat, ended=ended)
+
+
+def test_the_key_says_who_leads_and_where() -> None:
+    assert holder_of(key_value("h1", "192.0.2.1:8302", "abc")) == ("h1", "192.0.2.1:8302")
+    assert holder_of(b"h1") == ("h1", "")
+    assert key_value("h1", "a", "1") != key_value("h1", "a", "2")
 
 
 def test_the_bounds_leave_room_for_clocks_that_differ() -> None:
@@ -49,8 +57,14 @@ def test_evidence_begins_the_guard() -> None:
     guard, action = candidate("h1", seen(ended=100.0), None, "its link broke", 100.2)
     assert guard == Guard(7, 40, 100.0)
     assert isinstance(action, Wait)
-    assert abs(action.seconds - (GUARD_S - 0.2)) < 1e-9
+    assert 0 < action.seconds < GUARD_S - 0.2
     assert "its link broke" in action.reason
+
+
+def test_the_last_look_comes_as_soon_as_the_guard_is_over() -> None:
+    _, action = candidate("h1", seen(ended=101.4), Guard(7, 40, 100.0), "its link broke", 101.4)
+    assert isinstance(action, Wait)
+    assert abs(action.seconds - (GUARD_S - 1.4)) < 1e-9
 
 
 def test_a_beat_that_stood_still_is_deposed_with_itself_as_the_condition() -> None:
