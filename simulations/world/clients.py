@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, Final
 
 import trio
@@ -27,6 +28,7 @@ from simulations.world.kernel import Incarnation, World
 PATIENCE_S: Final = 15.0  # of one try, beyond what it asks to wait for
 TRIES_MAX: Final = 6
 PAUSE_S_MAX: Final = 5.0
+AGAIN_S_MAX: Final = 5.0  # after a client has seen a task's end
 POLL_WAIT_S: Final = 10.0  # when all is over: a long poll
 POLLS_AT_ONCE: Final = 16
 POLLS_MAX: Final = 1_000  # of one task
@@ -253,9 +255,18 @@ class Clients:
                 return error
             if view is not None and wait_s:
                 self._counted["wait_ended" if view.task.status in TERMINAL else "wait_timed_out"] += 1
+            if view is not None and view.task.status in TERMINAL:
+                await self._read_again(op, task_id, peer_id)
             return None
 
         await self._try(op, once)
+
+    async def _read_again(self, op: Op, task_id: str, but: str) -> None:
+        """Somebody else looks, too, a little later: an end that was shown too early would be taken back by then."""
+        await trio.sleep(AGAIN_S_MAX * self._rng.random() ** 2)
+        peer_id = self._rng.choice([each for each in self._peers if each != but] or self._peers)
+        with suppress(BitinglipError, NoAnswer):
+            await self._read(f"c{op.client}", peer_id, task_id, 0.0)
 
     async def _read(self, client: str, peer_id: str, task_id: str, wait_s: float) -> asks.TaskView | None:
         """None: missing, and noted so."""
