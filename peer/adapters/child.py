@@ -141,17 +141,21 @@ class Child:
 
     async def _live(self, process: subprocess.Popen[bytes], output: int) -> None:
         """To its end. No process is left when this returns."""
-        try:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(log_lines, output, self._log.bind(pid=process.pid), self._say)
-                try:
-                    await exited(process)
-                finally:
-                    with trio.CancelScope(shield=True):
-                        await self._stop(process)
-                nursery.cancel_scope.deadline = trio.current_time() + OUTPUT_S_MAX
-        finally:
-            self.pid = None
+        reading = trio.CancelScope(shield=True)  # a child that cannot write its log dies of that as it stops
+
+        async def read() -> None:
+            with reading:
+                await log_lines(output, self._log.bind(pid=process.pid), self._say)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(read)
+            try:
+                await exited(process)
+            finally:
+                with trio.CancelScope(shield=True):
+                    await self._stop(process)
+                self.pid = None
+                reading.deadline = trio.current_time() + OUTPUT_S_MAX
 
     async def _stop(self, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None:
