@@ -19,10 +19,10 @@ import msgspec
 
 from peer.adapters import certificates
 from peer.adapters.certificates import Authority, Credentials
-from peer.errors import ConfigError, Conflict
+from peer.errors import ConfigError, Conflict, Unavailable
 from peer.identity import make_folder, write_private
 from peer.state.base import Record
-from peer.state.enrol import CERTIFICATE_S, CLOCK_SKEW_S, Enrolled, Grant
+from peer.state.enrol import CERTIFICATE_S, CLOCK_SKEW_S, Enrolled, Grant, Host
 
 FOLDER: Final = "cluster"
 GOSSIP_KEY_BYTES: Final = 32
@@ -124,6 +124,37 @@ class ClusterFiles:
         if not (self.folder / "authority.pem").exists():
             return None
         return Authority(self._read("authority.pem"))
+
+    def issue(self, csr_pem: str, grant: Grant, seeds: tuple[str, ...]) -> Enrolled:
+        """Sign what was granted, once that is durable. Raises Unavailable where the CA's key is not, BadRequest."""
+        authority = self.authority()
+        if authority is None:
+            raise Unavailable("this host has not got the CA's key yet; try again", retry_after_s=2.0)
+        return Enrolled(
+            cluster=grant.cluster,
+            peer_id=grant.peer_id,
+            certificate=authority.sign(csr_pem, grant),
+            ca=authority.certificate_pem,
+            voter=grant.voter,
+            seeds=seeds,
+            gossip_key=self.gossip_key(),
+        )
+
+    def host(self) -> Host:
+        """This host as a record: the one that made the cluster did so before there was a store to record it in."""
+        file = self.folder / "host.pem"
+        belonging, subject = self.belonging(), self.credentials().subject
+        if belonging is None:
+            raise ConfigError(f"{self.folder} is of no cluster")
+        return Host(
+            peer_id=subject.peer_id,
+            enrolled_at=subject.not_before,
+            serial=subject.serial,
+            key_sha256=certificates.key_sha256(file.read_text()),
+            expires_at=subject.not_after,
+            voter=belonging.voter,
+            addresses=self.credentials().addresses,
+        )
 
     def _join(self, key_pem: str, enrolled: Enrolled) -> Belonging:
         belonging = Belonging(

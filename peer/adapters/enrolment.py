@@ -278,7 +278,7 @@ async def _connect(host: str, port: int, context: ssl.SSLContext) -> tuple[Frame
         except (trio.BrokenResourceError, trio.ClosedResourceError, OSError) as error:
             cause = error.__cause__
             if isinstance(cause, ssl.SSLCertVerificationError):
-                raise _wrong_ca(host, port, cause.verify_message) from None
+                raise _not_trusted(host, port, cause.verify_message) from None
             raise Unavailable(f"what answers at {host}:{port} is no peer's link port") from None
         finally:
             if not done:
@@ -303,6 +303,16 @@ def _wrong_ca(host: str, port: int, why: str) -> Unauthorized:
         "right, and was the token copied whole?",
         code="wrong_ca",
     )
+
+
+def _not_trusted(host: str, port: int, why: str) -> Unauthorized:
+    if "expired" in why or "not yet valid" in why:
+        return Unauthorized(
+            f"the certificate of {host}:{port} does not hold by this host's clock ({why}): set the clocks right. "
+            "The token's secret was not sent.",
+            code="clock_skew",
+        )
+    return _wrong_ca(host, port, why)
 
 
 def _understood(answer: bytes) -> Enrolled:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from msgspec.structs import replace as changed
 
 from peer.decide.decision import Decision
-from peer.errors import BadRequest, Conflict, NotFound, Overloaded, Unauthorized
+from peer.errors import BadRequest, Conflict, NotFound, Overloaded, RateLimited, Unauthorized
 from peer.limits import NAME_CHARS_MAX
 from peer.state import enrol as records
 from peer.state.enrol import (
@@ -116,7 +116,11 @@ def revoke(registry: Registry, now: float, command: RevokeHost, *, leader: str) 
     # An earlier certificate of it expires before the newest one does, or at most a whole life from now.
     until = max(host.expires_at, now + records.CERTIFICATE_S) + records.CLOCK_SKEW_S
     revocation = Revocation(
-        peer_id=host.peer_id, revoked_at=now, revoked_by=command.revoked_by[:NAME_CHARS_MAX], until=until
+        peer_id=host.peer_id,
+        serials=tuple(serial for serial, _ in _unexpired(host, now)),
+        revoked_at=now,
+        revoked_by=command.revoked_by[:NAME_CHARS_MAX],
+        until=until,
     )
     return Decision(changes=[Drop(host), Save(revocation)], reply=revocation)
 
@@ -192,6 +196,12 @@ def _check_not_revoked(registry: Registry, peer_id: str) -> None:
 def _granted(
     now: float, command: Enrol | Renew, cluster: str, serial: str, host: Host | None, *, voter: bool
 ) -> Decision:
+    earlier = () if host is None else _unexpired(host, now)
+    if len(earlier) >= records.CERTIFICATES_MAX:
+        raise RateLimited(
+            f"{command.peer_id} has {len(earlier)} certificates that have not expired, which is the most",
+            retry_after_s=min(expires_at for _, expires_at in earlier) - now,
+        )
     grant = Grant(
         cluster=cluster,
         peer_id=command.peer_id,
@@ -208,10 +218,17 @@ def _granted(
         serial=serial,
         key_sha256=grant.key_sha256,
         expires_at=grant.not_after,
+        earlier=earlier,
         voter=voter,
         addresses=grant.addresses,
     )
     return Decision(changes=[Save(saved)], reply=grant)
+
+
+def _unexpired(host: Host, now: float) -> tuple[tuple[str, float], ...]:
+    """(serial, expires_at) of its certificates that a clock somewhere may still take."""
+    known = (*host.earlier, (host.serial, host.expires_at))
+    return tuple(each for each in known if each[1] > now - records.CLOCK_SKEW_S)
 
 
 def _by_host_name(registry: Registry, name: str) -> Host:

@@ -23,6 +23,7 @@ TOKEN_KEPT_S: Final = 86_400.0  # after its end: who tries it again is told what
 CERTIFICATE_S: Final = 30 * 86_400.0
 RENEW_SHARE: Final = 2 / 3  # of its life: then a certificate is renewed
 CLOCK_SKEW_S: Final = 300.0  # by which the clocks of two hosts may differ
+CERTIFICATES_MAX: Final = 64  # of one host that have not expired: each can be revoked, so all are known
 HOSTS_MAX: Final = 10_000
 ADDRESSES_MAX: Final = 8  # of one host
 ADDRESS_CHARS_MAX: Final = 253
@@ -58,14 +59,19 @@ class Host(Record, frozen=True):
     serial: str
     key_sha256: str
     expires_at: float
+    earlier: tuple[tuple[str, float], ...] = ()  # certificates that may still hold: serial, expires_at
     voter: bool = True
     addresses: tuple[str, ...] = ()  # names and IP addresses that its certificate speaks for
 
 
 class Revocation(Record, frozen=True):
-    """None of this peer's certificates holds any more. Kept until they all have expired; then the name is free."""
+    """None of this peer's certificates holds any more. Kept until they all have expired; then the name is free.
+
+    `serials` is for programs that know certificates by them, as etcd does; peers go by the name.
+    """
 
     peer_id: str
+    serials: tuple[str, ...]
     revoked_at: float
     revoked_by: str
     until: float

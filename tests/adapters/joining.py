@@ -20,7 +20,6 @@ from peer.state.enrol import CreateJoinToken, Enrol, Enrolled, Registry, Renew
 from peer.state.snapshot import Save
 
 ID, SECRET = "0123456789ab", "ab" * 16
-GOSSIP_KEY = "Z29zc2lw"
 
 
 class Leader:
@@ -28,8 +27,8 @@ class Leader:
 
     def __init__(self, files: ClusterFiles, clock: Any = None) -> None:
         self.files = files
-        self.authority = files.authority()
         self.registry = Registry()
+        self.take(decide.note(self.registry, files.host()))
         self.clock = clock or SystemClock()
         self.asked: list[Enrol] = []
         self.serials = 0
@@ -59,20 +58,11 @@ class Leader:
         decision = decide.enrol(
             self.registry, self.clock.wall(), command, cluster="c1", serial=f"{self.serials:x}"
         )
-        grant = self.take(decision)
-        return Enrolled(
-            cluster="c1",
-            peer_id=grant.peer_id,
-            certificate=self.authority.sign(command.csr, grant),
-            ca=self.files.ca_pem(),
-            voter=grant.voter,
-            seeds=(self.network.address,),
-            gossip_key=GOSSIP_KEY,
-        )
+        return self.files.issue(command.csr, self.take(decision), (self.network.address,))
 
     async def renew(self, command: Renew) -> str:
         decision = decide.renew(self.registry, self.clock.wall(), command, cluster="c1", serial="aa")
-        return self.authority.sign(command.csr, self.take(decision))
+        return self.files.issue(command.csr, self.take(decision), ()).certificate
 
 
 @asynccontextmanager

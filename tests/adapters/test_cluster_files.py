@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import trio
+from cryptography import x509
 
 from peer.adapters import certificates
 from peer.adapters.certificates import Authority, Subject
@@ -17,7 +18,7 @@ from peer.adapters.clock import SystemEntropy
 from peer.adapters.cluster_files import ClusterFiles
 from peer.adapters.renewal import LOOK_S, RETRY_S, due_at, keep_renewed
 from peer.errors import ConfigError, Conflict, Unavailable
-from peer.state.enrol import Renew
+from peer.state.enrol import Grant, Renew
 from tests.adapters.joining import Leader
 
 
@@ -62,6 +63,42 @@ def test_the_cas_key_is_kept_where_it_is_one(founded: ClusterFiles, newcomer: Cl
     assert copied.certificate_pem == founded.ca_pem()
     with pytest.raises(ConfigError):
         newcomer.keep_authority(founded.ca_pem())
+
+
+def test_who_has_not_the_cas_key_signs_nothing(founded: ClusterFiles) -> None:
+    key = certificates.new_key()
+    grant = Grant(
+        cluster="c1",
+        peer_id="h2",
+        serial="2",
+        key_sha256=certificates.key_sha256(key),
+        not_before=time.time(),
+        not_after=time.time() + 60,
+        voter=True,
+    )
+    enrolled = founded.issue(certificates.request(key), grant, ("h1:8001",))
+    assert (enrolled.seeds, enrolled.gossip_key) == (("h1:8001",), founded.gossip_key())
+    (founded.folder / "authority.pem").unlink()
+    with pytest.raises(Unavailable, match="CA's key"):
+        founded.issue(certificates.request(key), grant, ())
+
+
+def test_a_host_as_a_record(founded: ClusterFiles, newcomer: ClusterFiles) -> None:
+    host, subject = founded.host(), founded.credentials().subject
+    assert (host.peer_id, host.voter, host.addresses) == ("h1", True, ("127.0.0.1",))
+    assert (host.serial, host.expires_at) == (subject.serial, subject.not_after)
+    with pytest.raises(ConfigError):
+        newcomer.host()
+
+
+def test_a_revocation_list_for_other_programs(founded: ClusterFiles) -> None:
+    authority = founded.authority()
+    assert authority is not None
+    pem = authority.revocation_list(["5eed", "ab"], time.time(), 3_600.0)
+    found = x509.load_pem_x509_crl(pem.encode())
+    assert [revoked.serial_number for revoked in found] == [0x5EED, 0xAB]
+    key = x509.load_pem_x509_certificate(founded.ca_pem().encode()).public_key()
+    assert found.is_signature_valid(key)
 
 
 # ---------------------------------------------------------------- renewal

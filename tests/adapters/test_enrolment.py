@@ -29,7 +29,7 @@ from peer.errors import (
 )
 from peer.state import enrol as records
 from peer.state.enrol import CERTIFICATE_S, Enrol, Enrolled, RevokeHost
-from tests.adapters.joining import GOSSIP_KEY, ID, SECRET, Leader, serving
+from tests.adapters.joining import ID, SECRET, Leader, serving
 from tests.adapters.pki import Pki
 
 
@@ -95,7 +95,7 @@ async def test_a_host_joins_and_is_a_peer_then(founded: ClusterFiles, newcomer: 
         assert belonging is not None
         assert (belonging.cluster, belonging.peer_id, belonging.voter) == ("c1", "h2", True)
         assert belonging.seeds == (leader.network.address,)
-        assert newcomer.gossip_key() == GOSSIP_KEY
+        assert newcomer.gossip_key() == founded.gossip_key()
         assert newcomer.authority() is None
         assert newcomer.credentials().addresses == ("127.0.0.1",)
         network = TlsNetwork("127.0.0.1:0", newcomer.credentials())
@@ -162,6 +162,8 @@ async def test_a_name_in_use_and_a_revoked_one_are_refused(founded: ClusterFiles
         leader.take(decide.revoke(leader.registry, time.time(), RevokeHost(name="h2"), leader="h1"))
         await refused(Unauthorized, "host_revoked", leader, token)
         await refused(BadRequest, "invalid_request", leader, token, peer_id="a b")
+        leader.registry.tokens.clear()
+        await refused(Conflict, "name_in_use", leader, leader.token(), peer_id="h1")  # who made the cluster
 
 
 async def test_a_clock_that_is_wrong_is_told(founded: ClusterFiles) -> None:
@@ -233,6 +235,28 @@ async def test_another_ca_never_gets_the_secret(
                 now=time.time(),
             )
         assert caught.value.code == "wrong_ca"
+    assert impostor.heard == []
+
+
+async def test_a_clock_that_is_far_off_is_told_before_the_secret(
+    founded: ClusterFiles, tmp_path: Path
+) -> None:
+    authority = founded.authority()
+    assert authority is not None
+    impostor = Impostor(Pki(tmp_path, authority=authority), founded.ca_pem())
+    impostor.context = Pki(tmp_path, authority=authority).host("h1", age_s=40 * 86_400).server_context()
+    token = records.token_text(ID, SECRET, certificates.ca_sha256(founded.ca_pem()))
+    async with posing(impostor):
+        with pytest.raises(Unauthorized, match="set the clocks right") as caught:
+            await enrolment.join(
+                "127.0.0.1",
+                impostor.port,
+                token,
+                peer_id="h2",
+                key_pem=certificates.new_key(),
+                now=time.time(),
+            )
+    assert caught.value.code == "clock_skew"
     assert impostor.heard == []
 
 

@@ -8,7 +8,15 @@ import pytest
 
 from peer.decide import enrol
 from peer.decide.decision import Decision
-from peer.errors import BadRequest, BitinglipError, Conflict, NotFound, Overloaded, Unauthorized
+from peer.errors import (
+    BadRequest,
+    BitinglipError,
+    Conflict,
+    NotFound,
+    Overloaded,
+    RateLimited,
+    Unauthorized,
+)
 from peer.state import enrol as records
 from peer.state.enrol import (
     CreateJoinToken,
@@ -234,6 +242,29 @@ def test_a_certificate_is_renewed() -> None:
     assert registry.hosts["h2-abc"].enrolled_at == T0 + 60
 
 
+def test_every_certificate_that_may_hold_is_known_and_revoked() -> None:
+    registry = with_token()
+    let_in(registry)
+    command = Renew(peer_id="h2-abc", csr="PEM", key_sha256=OTHER_KEY)
+    for day, serial in ((20, "aa"), (40, "bb"), (41, "cc")):
+        now = T0 + day * 86_400
+        take(registry, enrol.renew(registry, now, command, cluster="c1", serial=serial))
+    assert [serial for serial, _ in registry.hosts["h2-abc"].earlier] == ["aa", "bb"]
+    revocation = take(registry, enrol.revoke(registry, now, RevokeHost(name="h2"), leader=""))
+    assert revocation.serials == ("aa", "bb", "cc")
+
+
+def test_a_host_has_so_many_certificates_at_most() -> None:
+    registry = with_token()
+    let_in(registry)
+    command = Renew(peer_id="h2-abc", csr="PEM", key_sha256=OTHER_KEY)
+    for number in range(records.CERTIFICATES_MAX - 1):
+        take(registry, enrol.renew(registry, T0 + 60, command, cluster="c1", serial=f"{number:x}"))
+    with pytest.raises(RateLimited) as caught:
+        enrol.renew(registry, T0 + 60, command, cluster="c1", serial="ff")
+    assert caught.value.retry_after_s == records.CERTIFICATE_S
+
+
 def test_the_first_host_is_renewed_though_it_has_no_record() -> None:
     registry = Registry()
     command = Renew(peer_id="h1-abc", csr="PEM", key_sha256=KEY)
@@ -261,7 +292,9 @@ def test_a_revoked_host_is_out() -> None:
     command = RevokeHost(name="h2-abc", revoked_by="me")
     revocation = take(registry, enrol.revoke(registry, now, command, leader="h1-abc"))
     until = now + records.CERTIFICATE_S + records.CLOCK_SKEW_S
-    assert revocation == Revocation(peer_id="h2-abc", revoked_at=now, revoked_by="me", until=until)
+    assert revocation == Revocation(
+        peer_id="h2-abc", serials=(SERIAL,), revoked_at=now, revoked_by="me", until=until
+    )
     assert registry.hosts == {}
     renewal = Renew(peer_id="h2-abc", csr="PEM", key_sha256=KEY)
     with pytest.raises(Unauthorized, match="revoked"):

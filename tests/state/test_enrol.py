@@ -72,7 +72,7 @@ def test_the_registry_holds_every_record_by_its_id() -> None:
     records: tuple[JoinToken | Host | Revocation, ...] = (
         JoinToken(token_id=ID, secret_sha256=CA, created_at=1.0, expires_at=2.0, created_by="me"),
         Host(peer_id="h1", enrolled_at=1.0, serial="ab", key_sha256=CA, expires_at=2.0),
-        Revocation(peer_id="h2", revoked_at=1.0, revoked_by="me", until=2.0),
+        Revocation(peer_id="h2", serials=("ab",), revoked_at=1.0, revoked_by="me", until=2.0),
     )
     for record in records:
         assert decode(type(record), encode(record)) == record
