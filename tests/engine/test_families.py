@@ -21,7 +21,7 @@ from tests.engine.family_checks import CASES, FIXTURES
 from tests.engine.harness import REPOSITORY
 
 # Largest difference of any logit, in standard deviations of the logits; measured: 6e-5 and 0.08
-TOLERANCE = {"float32": 5e-4, "float16": 0.15}
+TOLERANCE = {"float32": 2e-4, "float16": 0.15}
 NASTY: list[str] = json.loads((FIXTURES / "nasty.json").read_text())
 
 
