@@ -234,8 +234,11 @@ class ClusterPeer:
         self._began_leading.set()
         try:
             await leader.run()
-        except* BitinglipError as group:
-            raise _first(group) from None
+        except BaseExceptionGroup as group:
+            errors, others = group.split(BitinglipError)
+            if errors is None or others is not None:  # cancelled, for one: then the errors are of no interest
+                raise (others or group) from None
+            raise _first(errors) from None
         finally:
             self.leader, self.journal = None, None
             self._began_leading = trio.Event()

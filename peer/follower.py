@@ -304,4 +304,9 @@ def _cut_off() -> Unavailable:
 
 def is_unsent(error: BitinglipError) -> bool:
     """Whether the request this error answers was certainly not carried out, for want of a leader."""
-    return isinstance(error, Unavailable) and error.code in ("no_leader", "not_leading", "link_broken")
+    return isinstance(error, Unavailable) and error.code in (
+        "no_leader",
+        "not_leading",
+        "link_broken",
+        "store_silent",
+    )

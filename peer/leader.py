@@ -242,9 +242,14 @@ class Leader:
     async def _ticks(self) -> None:
         while True:
             await self._batch([])
-            for _ in range(_FORGET_ROUNDS_MAX):
-                if not await self._forget_old_tasks():
-                    break
+            try:
+                for _ in range(_FORGET_ROUNDS_MAX):
+                    if not await self._forget_old_tasks():
+                        break
+            except (Ambiguous, Unavailable) as error:
+                if self._over:  # it was a commit
+                    raise
+                log.warning("retention_put_off", why=error.message)
             await self._clock.sleep(limits.TICK_S)
 
     async def _batch(self, batch: list[_Item]) -> None:
@@ -338,12 +343,21 @@ class Leader:
                     wanted.setdefault(f"task/{task}", []).append(pending)
         if not wanted:
             return
-        for key, item in (await self._store.get(list(wanted))).items():
+        try:
+            found = await self._store.get(list(wanted))
+        except (Ambiguous, Unavailable) as error:  # costs these commands, not the leadership
+            for each in wanted.values():
+                for pending in each:
+                    pending.error = _store_silent(error)
+            return
+        for key, item in found.items():
             for pending in wanted[key]:
                 cancels = isinstance(pending.command, asks.CancelTask)
                 pending.stored = decode(Task, item.value) if cancels else decode(Idempotency, item.value)
 
     def _decide_command(self, pending: _Pending, work: Batch) -> None:
+        if pending.error is not None:
+            return
         try:
             decision = self._decide(pending, work)
         except BitinglipError as error:
@@ -434,6 +448,10 @@ class Leader:
         for task in tasks:
             self._answers.forget(task.task_id)
         return len(names) == limits.RETENTION_BATCH
+
+
+def _store_silent(error: BitinglipError) -> Unavailable:
+    return Unavailable(f"the store does not answer: {error.message}", code="store_silent", retry_after_s=1.0)
 
 
 def _ambiguous(why: str) -> Unavailable:

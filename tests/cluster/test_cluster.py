@@ -9,6 +9,7 @@ import trio
 
 from peer.errors import NotFound, Unavailable
 from peer.limits import GUARD_S, STEP_DOWN_S
+from peer.ports import LEADER_KEY, Delete
 from peer.state import command as asks
 from peer.state.event import Event
 from peer.state.key import ApiKey
@@ -89,6 +90,49 @@ def test_without_a_majority_nothing_is_accepted_and_the_leader_steps_down() -> N
         assert led(fleet, without=old)
         fleet.network.mend()
         await until(lambda: led(fleet))
+
+    in_a_cluster(script)
+
+
+def test_a_store_that_is_silent_for_a_moment_costs_a_command_and_not_the_leadership() -> None:
+    async def script(fleet: Fleet) -> None:
+        host = fleet.hosts[fleet.leaders()[0]]
+        leadership = host.peer.election.leadership
+        fleet.network.isolate(host.peer_id, for_s=2.5)
+        with pytest.raises(Unavailable, match="the store does not answer"):
+            await host.peer.leader.call(asks.CancelTask(task_id="task-none"))
+        await until(lambda: led(fleet))
+        assert host.peer.election.leadership is leadership
+        assert host.lives == 1
+
+    in_a_cluster(script)
+
+
+def test_a_leader_whose_commits_fail_goes_on_as_a_follower() -> None:
+    async def script(fleet: Fleet) -> None:
+        host = fleet.hosts[fleet.leaders()[0]]
+        leadership = host.peer.election.leadership
+        fleet.store.apply_txn([], [Delete(LEADER_KEY)], [], "h9")
+        with pytest.raises(Unavailable):
+            await host.peer.leader.call(submission())
+        await until(lambda: led(fleet))
+        assert leadership.lost
+        assert host.lives == 1
+
+    in_a_cluster(script)
+
+
+def test_a_leader_that_is_lost_while_it_makes_sure_of_an_answer_goes_on_as_a_follower() -> None:
+    async def script(fleet: Fleet) -> None:
+        host = fleet.hosts[fleet.leaders()[0]]
+        fleet.network.isolate(host.peer_id)
+        await until(lambda: not host.peer.election.leadership.fresh())
+        refused = asks.UnloadModel(model_name="unknown", worker_ids=(), force=False)
+        with pytest.raises(Unavailable):
+            await host.peer.leader.call(refused)
+        await trio.sleep(1.0)
+        assert host.up
+        assert host.lives == 1
 
     in_a_cluster(script)
 
