@@ -63,7 +63,7 @@ class Child:
         """While it runs."""
         self.lives = 0
         self.problem = ""
-        """Why it does not run, for people."""
+        """How its last life ended or why there was none, for people; "" if none has ended."""
         self._command = tuple(command)
         self._folder = folder
         self._say = say
@@ -135,7 +135,6 @@ class Child:
             os.close(output_theirs)
         self.lives += 1
         self.pid = process.pid
-        self.problem = ""
         self._log.info("child_started", child=self.name, pid=process.pid)
         return process, output
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peer.adapters.fenced_commits import FencedCommits
+from peer.adapters.fenced_commits import STORE_FULL, FencedCommits
 from peer.errors import Ambiguous, BitinglipError, Fenced, NotFound, StoreBroken, StoreError, Unavailable
 from peer.ports import BATCH_KEY, LEADER_KEY, Compare, Delete, KeyValue, Put, TxnResult, Write
 
@@ -427,3 +427,63 @@ def test_the_oracle_finds_what_is_wrong(defect: type[FencedCommits]) -> None:
         except (AssertionError, BitinglipError):
             return
     raise AssertionError("not found")
+
+
+# ------------------------------------------------------------------------------------------------ a full store
+
+
+class Full(Chaos):
+    """Answers that it is full, of what it has applied (`crossing`) and of what it has not (`full`)."""
+
+    async def txn(
+        self, compare: Sequence[Compare], then: Sequence[Write], orelse: Sequence[Write] = ()
+    ) -> TxnResult:
+        if self.fates and self.fates[0] in ("full", "crossing"):
+            if self.fates.pop(0) == "crossing":
+                self.apply((compare, then, orelse))
+            raise Ambiguous("database space exceeded", code=STORE_FULL)
+        return await super().txn(compare, then, orelse)
+
+
+@pytest.mark.parametrize(
+    ("fates", "outcome", "written"),
+    [
+        (["crossing"], None, True),
+        (["full"], Unavailable, False),
+        (["crossing", "unsent"], Ambiguous, True),  # applied, but the keys cannot be read
+        (["full", "unsent"], Ambiguous, False),
+    ],
+)
+async def test_a_full_store_is_asked_what_it_has_done(
+    fates: list[str], outcome: type[BitinglipError] | None, written: bool
+) -> None:
+    store = Full()
+    store.lead()
+    commits = FencedCommits(store)
+    epoch = store.data[LEADER_KEY].create_revision
+    await commits.commit(epoch, [Put("a", b"0")])
+    store.fates = list(fates)
+    if outcome is None:
+        assert await commits.commit(epoch, [Put("a", b"1")]) == store.revision
+    else:
+        with pytest.raises(outcome):
+            await commits.commit(epoch, [Put("a", b"1")])
+    assert store.data["a"].value == (b"1" if written else b"0")
+    await commits.commit(epoch, [Put("a", b"1")])
+    again = [writes for _, writes in store.log if Put("a", b"1") in writes]
+    assert len(again) == (2 if outcome is None else 1)  # what was told of is not tried again
+
+
+async def test_an_earlier_try_may_be_under_way_in_a_full_store() -> None:
+    store = Full()
+    store.lead()
+    commits = FencedCommits(store)
+    epoch = store.data[LEADER_KEY].create_revision
+    await commits.commit(epoch, [Put("a", b"0")])
+    store.fates = ["late", "full"]
+    for _ in range(2):
+        with pytest.raises(Ambiguous):
+            await commits.commit(epoch, [Put("a", b"1")])
+    store.arrive()
+    assert await commits.commit(epoch, [Put("a", b"1")]) == store.revision
+    assert store.data["a"].value == b"1"

@@ -18,7 +18,7 @@ from peer.errors import Compacted, Fenced, NotFound
 from peer.ports import BEAT_KEY, LEADER_KEY, Batch, Change, Compare, Delete, KeyValue, Put, Store, Write
 from tests.contracts.model import check_against_model, gone, lead, one, put, take, values
 
-TTL_S = 4.0  # etcd's least is 2
+TTL_S = 2.0  # etcd's least
 
 
 class StoreFactory(ABC):
