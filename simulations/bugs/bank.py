@@ -241,7 +241,11 @@ def _foresees_for_ever(decisions: Decisions) -> None:
         with _replaced(record, "_LOAD_FORESEEN_S", float("inf")):
             return record.report(snapshot, now, message)
 
-    decisions.report = wrong
+    def still_so(snapshot: Snapshot, now: float, peer_id: str) -> Decision:
+        with _replaced(record, "_LOAD_FORESEEN_S", float("inf")):
+            return record.still_so(snapshot, now, peer_id)
+
+    decisions.report, decisions.still_so = wrong, still_so
 
 
 def _never_times_out(decisions: Decisions) -> None:
