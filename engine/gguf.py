@@ -23,6 +23,8 @@ KEYS_MAX = 65_536
 DIMENSIONS_MAX = 4
 ARRAY_NESTING_MAX = 2
 ELEMENTS_MAX = 1 << 40
+HEADER_BYTES_MAX = 128 * 1024 * 1024  # a vocabulary of 262144 tokens and its merges take 12
+VALUES_MAX = 8 * 1024 * 1024  # in all arrays together: each becomes a Python object
 SMALL_MAX = 4096  # elements
 
 _SCALARS = {
@@ -129,10 +131,13 @@ class _Reader:
 
     def __init__(self, path: Path, data: mmap.mmap, size: int) -> None:
         self.path, self.data, self.size, self.at = path, data, size, 0
+        self.values_left = VALUES_MAX
 
     def take(self, count: int) -> bytes:
         if count > self.size - self.at:
             raise bad_file(self.path, f"it ends at byte {self.size}, inside its header")
+        if self.at + count > HEADER_BYTES_MAX:
+            raise bad_file(self.path, f"its header has more than {HEADER_BYTES_MAX} bytes")
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -153,6 +158,9 @@ class _Reader:
 
     def array(self, depth: int) -> list[Any]:
         kind, count = self.scalar("<I"), self.scalar("<Q")
+        self.values_left -= count
+        if self.values_left < 0:
+            raise bad_file(self.path, f"its header announces arrays of more than {VALUES_MAX} values")
         if kind in _SCALARS:
             code = _SCALARS[kind].removeprefix("<")
             raw = self.take(count * struct.calcsize("<" + code))

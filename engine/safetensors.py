@@ -19,7 +19,7 @@ import msgspec
 from engine.errors import LoadError
 from engine.gguf import DIMENSIONS_MAX, ELEMENTS_MAX, TENSORS_MAX, TensorInfo, bad_file
 
-HEADER_BYTES_MAX = 16 * 1024 * 1024
+HEADER_BYTES_MAX = 8 * 1024 * 1024
 JSON_BYTES_MAX = 8 * 1024 * 1024  # of config.json and the index
 TOKENIZER_BYTES_MAX = 64 * 1024 * 1024
 FILES_MAX = 1024

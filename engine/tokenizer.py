@@ -16,6 +16,8 @@ from engine.errors import LoadError
 from engine.gguf import Gguf, bad_file
 
 CONTROL, USER_DEFINED, BYTE = 3, 4, 6  # tokenizer.ggml.token_type
+NAME_MAX = 1024  # characters of a token
+NAMES_MAX = 16 * 1024 * 1024  # of all tokens; 262144 have 2 million
 _SPACE = "\u2581"  # SentencePiece's visible space
 END_NAMES = (
     "<|im_end|>",
@@ -143,7 +145,7 @@ def _table(gguf: Gguf, key: str, kind: type, length: int | None = None) -> list[
 def from_gguf(gguf: Gguf) -> Vocabulary:
     """Build the tokenizer. Raises LoadError `unsupported_tokenizer` or `bad_model_file`."""
     model = gguf.text("tokenizer.ggml.model")
-    names = _table(gguf, "tokenizer.ggml.tokens", str)
+    names = _names(gguf)
     kinds = [1] * len(names)
     if "tokenizer.ggml.token_type" in gguf.metadata:
         kinds = _table(gguf, "tokenizer.ggml.token_type", int, len(names))
@@ -219,6 +221,16 @@ def _byte_level(gguf: Gguf, names: list[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = before
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _names(gguf: Gguf) -> list[str]:
+    """The tokens, none of them so long that to look at all its cuts would take for ever."""
+    names = _table(gguf, "tokenizer.ggml.tokens", str)
+    if max(map(len, names)) > NAME_MAX or sum(map(len, names)) > NAMES_MAX:
+        raise bad_file(
+            gguf.path, f"it has tokens of more than {NAME_MAX} or, together, {NAMES_MAX} characters"
+        )
+    return names
 
 
 def _prefixed(gguf: Gguf) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine import gguf
+from engine import gguf, tokenizer
 from engine.errors import LoadError
 from engine.models import check_family
 from tests.engine.small_gguf import write
@@ -67,6 +68,7 @@ def test_flipped_bytes_never_crash(tmp_path: Path, data: st.DataObject) -> None:
         (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "tensors"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1 << 50) + b"x", "ends at byte"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 8, 1 << 40), "announces"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<IIQ", 9, 8, 1 << 20), "announces"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k" + struct.pack("<I", 77), "type 77"),
     ],
 )
@@ -75,6 +77,33 @@ def test_hostile_headers(tmp_path: Path, raw: bytes, words: str) -> None:
     path.write_bytes(raw)
     with pytest.raises(LoadError, match=words):
         gguf.read(path)
+
+
+@pytest.mark.parametrize("kind", [0, 8])
+def test_a_big_file_is_no_reason_for_a_big_header(tmp_path: Path, kind: int) -> None:
+    """The file really has what it announces: holes of gigabytes. Small, and refused at once."""
+    path = tmp_path / "big.gguf"
+    head = b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1) + b"k"
+    counted = head + struct.pack("<IIQ", 9, kind, 1 << 31)  # an array of bytes, of strings
+    path.write_bytes(counted)
+    os.truncate(path, 1 << 35)
+    with pytest.raises(LoadError, match="announces arrays"):
+        gguf.read(path)
+    path.write_bytes(head + struct.pack("<IQ", 8, 1 << 31))  # a string
+    os.truncate(path, 1 << 35)
+    with pytest.raises(LoadError, match="header has more than"):
+        gguf.read(path)
+
+
+def test_a_very_long_token(tmp_path: Path) -> None:
+    names = ["<unk>", "a" * 100_000]
+    metadata = METADATA | {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": names,
+        "tokenizer.ggml.scores": [0.0, -1.0],
+    }
+    with pytest.raises(LoadError, match="tokens of more than"):
+        tokenizer.from_gguf(gguf.read(write(tmp_path / "long.gguf", metadata, {})))
 
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
