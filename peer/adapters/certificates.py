@@ -30,7 +30,16 @@ SCHEME: Final = "bitinglip"
 LINK_ALPN: Final = "bitinglip-link/1"
 ENROL_ALPN: Final = "bitinglip-enrol/1"
 CA_S: Final = 20 * 365 * 86_400.0
-_BAD = (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature, x509.ExtensionNotFound)
+_BAD = (  # what bytes from elsewhere may raise
+    ValueError,
+    TypeError,
+    UnsupportedAlgorithm,
+    InvalidSignature,
+    x509.InvalidVersion,
+    x509.ExtensionNotFound,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 class Subject(NamedTuple):

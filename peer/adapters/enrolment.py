@@ -123,7 +123,9 @@ class EnrolmentServer:
                 finally:
                     self._answering -= 1
         except BitinglipError as error:
-            log.warning("enrolment_refused", source=source, why=error.message, code=error.code)
+            # Those are not bounded, as the others are by the tries: they must not fill the disk.
+            note = log.debug if isinstance(error, (RateLimited, Overloaded)) else log.warning
+            note("enrolment_refused", source=source, why=error.message, code=error.code)
             return Refused(
                 kind=type(error).__name__,
                 code=error.code,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import random
 import ssl
 import time
+import warnings
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from peer.adapters.certificates import Authority, Subject
 from peer.adapters.clock import SystemEntropy
 from peer.adapters.cluster_files import ClusterFiles
 from peer.adapters.renewal import LOOK_S, RETRY_S, due_at, keep_renewed
-from peer.errors import ConfigError, Conflict, Unavailable
+from peer.errors import BadRequest, ConfigError, Conflict, Unauthorized, Unavailable
 from peer.state.enrol import Grant, Renew
 from tests.adapters.joining import Leader
 
@@ -89,6 +93,34 @@ def test_a_host_as_a_record(founded: ClusterFiles, newcomer: ClusterFiles) -> No
     assert (host.serial, host.expires_at) == (subject.serial, subject.not_after)
     with pytest.raises(ConfigError):
         newcomer.host()
+
+
+def test_damaged_requests_and_certificates_are_refused(founded: ClusterFiles) -> None:
+    """Whatever comes over the network raises what its readers know, or is still whole."""
+    rng = random.Random(7)
+    csr = certificates.request(certificates.new_key())
+    body = base64.b64decode("".join(csr.splitlines()[1:-1]))
+    certificate = certificates.der_of(founded.ca_pem())
+    for _ in range(300):
+        text = base64.encodebytes(damaged(rng, body)).decode()
+        head, foot = csr.splitlines()[0], csr.splitlines()[-1]
+        with suppress(BadRequest):
+            certificates.requested_key_sha256(f"{head}\n{text}{foot}\n")
+        with suppress(Unauthorized), warnings.catch_warnings(action="ignore"):
+            certificates.subject_of(damaged(rng, certificate))
+        with suppress(Unauthorized), warnings.catch_warnings(action="ignore"):
+            certificates.ca_sha256_of(damaged(rng, certificate))
+
+
+def damaged(rng: random.Random, data: bytes) -> bytes:
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        at = rng.randrange(len(changed))
+        if rng.random() < 0.5:
+            changed[at] = rng.randrange(256)
+        else:
+            changed[at : at + rng.randrange(4)] = rng.randbytes(rng.randrange(4))
+    return bytes(changed)
 
 
 def test_a_revocation_list_for_other_programs(founded: ClusterFiles) -> None:

@@ -266,11 +266,11 @@ async def test_replayed_bytes_of_a_peer_are_dropped(pki: Pki) -> None:
 
 
 async def test_who_does_not_shake_hands_is_dropped_in_time(pki: Pki, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tls_network, "HANDSHAKE_S_MAX", 0.1)
+    monkeypatch.setattr(tls_network, "HANDSHAKE_S_MAX", 0.5)
     async with listening(pki.host("h2")) as rig:
         slow = await trio.open_tcp_stream("127.0.0.1", rig.port)
         hello = client_hello()
-        with trio.fail_after(2.0), pytest.raises((trio.BrokenResourceError, OSError)):
+        with trio.fail_after(10.0), pytest.raises((trio.BrokenResourceError, OSError)):
             await drip(slow, hello)
         await slow.aclose()
         await still_serves(rig, pki)
