@@ -180,7 +180,7 @@ class Connection(Protocol):
     async def send(self, frame: bytes) -> None:
         """Hand a frame over, in order; waits while the other side does not read. Returning is no proof of arrival.
 
-        Raises Unavailable once the connection is broken.
+        Raises Unavailable once the connection is broken, which to cancel it half-way may do.
         """
 
     async def receive(self) -> bytes:
