@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from peer.decide import rewind
 from peer.errors import Ambiguous
 from peer.ports import LEADER_KEY, Clock, Delete, Put, Store
 from peer.state.base import Record
@@ -79,7 +80,8 @@ async def _load_all(store: Store, snapshot: Snapshot, prefix: str, kind: type[Re
     while True:
         page = await store.range(start, end, limit=_PAGE)
         for item in page.items:
-            snapshot.load(decode(kind, item.value))
+            record = decode(kind, item.value)
+            snapshot.load(rewind.plan(record, snapshot.started_at) if isinstance(record, Plan) else record)
         if not page.more:
             return
         start = page.items[-1].key + "\0"
@@ -93,7 +95,7 @@ async def _load_tasks(store: Store, snapshot: Snapshot, index: str) -> None:
         found = await store.get([f"{kind}/{task_id}" for task_id in some for kind in ("task", "input")])
         tasks = [decode(Task, found[f"task/{task_id}"].value) for task_id in some]
         for task in tasks:
-            snapshot.load(task)
+            snapshot.load(rewind.task(task, snapshot.started_at))
             snapshot.load(decode(TaskInput, found[f"input/{task.task_id}"].value))
         keys = [idempotency_key(t.owner, t.idempotency_key) for t in tasks if t.idempotency_key]
         for item in (await store.get(keys)).values() if keys else ():
