@@ -40,6 +40,7 @@ CASES = {
     "qwen3moe": ("qwen3moe", 128),
     "gemma3": ("gemma3", 128),
     "phi3": ("phi3", 128),
+    "phi4": ("phi3", 128),
     "phi3-long": ("phi3", 128),
     "phi3-short": ("phi3", 64),
 }
@@ -63,6 +64,7 @@ BROKEN: dict[str, tuple[str, Callable[[DecoderConfig], DecoderConfig]]] = {
     "gelu": ("gemma3", lambda c: replace(c, gelu=False)),
     "local rope": ("gemma3", lambda c: replace(c, ropes=(c.ropes[0], c.ropes[0]))),
     "global layer": ("gemma3", lambda c: replace(c, layers=(c.layers[0],) * c.blocks)),
+    "part of a head": ("phi4", lambda c: replace(c, rotation=Rotation(halves=True))),
     "long factors": ("phi3-long", lambda c: replace(c, ropes=(replace(c.ropes[0], divisors=()),))),
     "long magnitude": ("phi3-long", lambda c: replace(c, ropes=(replace(c.ropes[0], magnitude=1.0),))),
     "epsilon": ("qwen2", lambda c: replace(c, epsilon=1e-2)),

@@ -108,6 +108,17 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3Config", "spm", {"sliding_window": 12, "original_max_position_embeddings": 256}),
+    # as Phi-4 mini: half of each head is turned
+    "phi4": (
+        "Phi3Config",
+        "spm",
+        {
+            "sliding_window": None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "original_max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+        },
+    ),
     # more tokens than the original context, for which long_factor is made, and fewer
     "phi3-long": ("Phi3Config", "spm", PHI3_LONG),
     "phi3-short": ("Phi3Config", "spm", PHI3_LONG),
