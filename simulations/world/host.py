@@ -125,12 +125,12 @@ class SimHost:
             self.incarnation.crash(power=power)
 
     async def stop(self) -> None:
-        """Politely, as systemd does: what is not done in time is killed."""
+        """Politely, as systemd does: what is not done in time is killed. Once begun it goes to its end."""
         self._wanted = False
         peer, incarnation = self.peer, self.incarnation
         if peer is None or incarnation is None or not incarnation.alive:
             return
-        with trio.move_on_after(DRAIN_S + 10.0):
+        with trio.move_on_after(DRAIN_S + 10.0, shield=True):
             await peer.stop(DRAIN_S)
             if self.incarnation is incarnation:
                 self.shared.gossip.leave(self.peer_id)
