@@ -119,7 +119,7 @@ class Child:
         output, output_theirs = os.pipe()
         try:
             process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), *self._command],
+                launched(self._command),
                 stdin=subprocess.DEVNULL,
                 stdout=output_theirs,
                 stderr=output_theirs,
@@ -169,6 +169,11 @@ class Child:
                 await exited(process)
         if process.poll() is None:
             self._log.error("child_cannot_be_killed", child=self.name, pid=process.pid)
+
+
+def launched(command: Sequence[str]) -> list[str]:
+    """The command as one that ends with this process: with the very thread that starts it."""
+    return [sys.executable, "-I", "-S", str(_LAUNCHER), str(os.getpid()), *command]
 
 
 def _how(status: int) -> str:

@@ -134,14 +134,17 @@ class SerfAgent:
             )
 
     def _say(self, line: str, log: Log) -> None:
-        """A line of Serf's: date, time, [LEVEL], text."""
+        """A line of Serf's: date, time, [LEVEL], text. Failures of other hosts are no errors of this one."""
         text = line.strip()
         parts = text.split(" ", 3)
         level = parts[2] if len(parts) == 4 else ""
         if "name conflict" in text or "conflicts with another node" in text:
             self._conflict = parts[-1]
-        write = getattr(log, _LEVELS.get(level, "debug"))
-        write("serf_log", message=parts[3] if level.startswith("[") else text)
+        message = parts[3] if level.startswith("[") else text
+        method = _LEVELS.get(level, "debug")
+        if method != "debug" and message.startswith("memberlist:"):
+            method = "info"
+        getattr(log, method)("serf_log", message=message)
 
 
 def _write_private(path: Path, content: object) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 import h11
 import pytest
 
+from peer.adapters.child import launched
 from peer.adapters.etcd_member import SOCKET, MemberConfig, member_command
 
 START_S_MAX = 20.0  # on a busy host
@@ -50,7 +51,7 @@ class EtcdProcess:
         (self.config.folder / SOCKET).unlink(missing_ok=True)
         with (self.config.folder / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                member_command(self.config),
+                launched(member_command(self.config)),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
