@@ -31,9 +31,12 @@ VERSION_S_MAX: Final = 10.0
 ANSWER_POLL_S: Final = 0.02
 QUOTA_BYTES: Final = 4 * 1024 * 1024 * 1024
 HISTORY_KEPT: Final = "1m"  # at ten thousand records a second, more would fill the quota with the past
-STOP_S_MAX: Final = 5.0
+STOP_S_MAX: Final = (
+    3.0  # without a quorum it would take longer, to no end: what it acknowledged is on the disk
+)
 
 _LEVELS = {"warn": "warning", "error": "error", "dpanic": "error", "panic": "error", "fatal": "error"}
+_REMOVED = "permanently removed from the cluster"
 _DROPPED = frozenset({"level", "ts", "msg", "caller", "stacktrace", "errorVerbose"})
 
 
@@ -75,14 +78,16 @@ class EtcdMember:
         self, config: MemberConfig, *, backoff_s: Sequence[float] = limits.RESTART_BACKOFF_S
     ) -> None:
         self._config = config
+        self._removed = False
         self.address = f"unix:{config.folder / SOCKET}"
         """For `EtcdStore` and `EtcdClient`."""
         self.child = Child(
             "etcd",
             member_command(config),
             config.folder,
-            say=_say,
+            say=self._say,
             prepare=self._prepare,
+            judge=self._judge,
             stop_s_max=STOP_S_MAX,
             backoff_s=backoff_s,
         )
@@ -106,7 +111,10 @@ class EtcdMember:
         return line.rpartition(" ")[2]
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
-        """Keep the member running until cancelled. Started when its process is, which may not answer yet."""
+        """Keep the member running until cancelled. Started when its process is, which may not answer yet.
+
+        Raises Conflict once it was removed from its cluster: its data is of no use, also to a new member.
+        """
         await self.child.run(task_status=task_status)
 
     def _prepare(self) -> None:
@@ -116,6 +124,32 @@ class EtcdMember:
         (folder / SOCKET).unlink(
             missing_ok=True
         )  # that of a life which was killed keeps etcd 3.4 from starting
+
+    def _judge(self, status: int) -> None:
+        if self._removed and status == 0:
+            raise Conflict(
+                f"etcd's member {self._config.name} was removed from its cluster", code="member_removed"
+            )
+
+    def _say(self, line: str, log: Log) -> None:
+        """etcd's records keep their fields; its `info` is for who debugs it."""
+        self._removed = self._removed or _REMOVED in line
+        record: Any = None
+        if line.startswith("{"):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                record = None
+        if not isinstance(record, dict):
+            log.warning("etcd_output", line=line)
+            return
+        fields = {
+            f"etcd_{str(name).replace('-', '_')}": value
+            for name, value in record.items()
+            if name not in _DROPPED
+        }
+        write = getattr(log, _LEVELS.get(str(record.get("level")), "debug"))
+        write("etcd_log", message=str(record.get("msg")), **fields)
 
     async def answering(self, within_s: float) -> str:
         """Wait until the member serves clients, which takes a quorum; its version.
@@ -188,21 +222,3 @@ def member_command(config: MemberConfig) -> list[str]:
             f"--peer-trusted-ca-file={config.certificates.authority}",
         ]
     return command
-
-
-def _say(line: str, log: Log) -> None:
-    """etcd's records keep their fields; its `info` is for who debugs it."""
-    record: Any = None
-    if line.startswith("{"):
-        try:
-            record = json.loads(line)
-        except ValueError:
-            record = None
-    if not isinstance(record, dict):
-        log.warning("etcd_output", line=line)
-        return
-    fields = {
-        f"etcd_{str(name).replace('-', '_')}": value for name, value in record.items() if name not in _DROPPED
-    }
-    write = getattr(log, _LEVELS.get(str(record.get("level")), "debug"))
-    write("etcd_log", message=str(record.get("msg")), **fields)

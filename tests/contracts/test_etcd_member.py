@@ -164,6 +164,13 @@ async def eventually(call: Callable[[], Awaitable[T]], *retried: type[Exception]
 async def test_a_cluster_grows_one_learner_at_a_time_and_shrinks(
     tmp_path: Path, nursery: trio.Nursery
 ) -> None:
+    removed = trio.Event()
+
+    async def until_removed(member: EtcdMember, *, task_status: trio.TaskStatus[None]) -> None:
+        with pytest.raises(Conflict, match="m2 was removed"):
+            await member.run(task_status=task_status)
+        removed.set()
+
     first = EtcdMember(config(tmp_path))
     await nursery.start(first.run)
     await first.answering(START_S_MAX)
@@ -179,7 +186,7 @@ async def test_a_cluster_grows_one_learner_at_a_time_and_shrinks(
         with pytest.raises(Conflict):
             initial_cluster(members, members[0] if members[0] != newcomer else members[1], name)
         member = EtcdMember(config(tmp_path, name, initial_cluster(members, newcomer, name)))
-        await nursery.start(member.run)
+        await nursery.start(until_removed, member)
         await eventually(lambda new=newcomer: client.promote(new.member_id), Conflict)  # type: ignore[misc]
         await member.answering(START_S_MAX)
         other = EtcdStore(member.address)
@@ -189,6 +196,8 @@ async def test_a_cluster_grows_one_learner_at_a_time_and_shrinks(
     found = {each.name: each for each in await client.members()}
     assert {name: each.is_learner for name, each in found.items()} == {"m0": False, "m1": False, "m2": False}
     await eventually(lambda: client.remove(found["m2"].member_id))
+    with trio.fail_after(START_S_MAX):
+        await removed.wait()
     with pytest.raises(NotFound):
         await client.remove(found["m2"].member_id)
     assert {each.name for each in await client.members()} == {"m0", "m1"}
