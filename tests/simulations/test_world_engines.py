@@ -1,25 +1,16 @@
-"""The simulated engine under the real executor and a mock clock, and beside the real supervisor and stand-in engine."""
+"""The simulated engine under the real executor and a mock clock."""
 
 from __future__ import annotations
 
-import os
-import random
-import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from typing import Any
 
-import msgspec
 import pytest
 import trio
 from trio.testing import MockClock
 
 from peer import limits
-from peer.adapters.engine_process import EngineLimits
-from peer.config import Alerts
-from peer.engines import Device, FetchError
-from peer.executor import Executor
-from peer.state.model import Model, ReplicaState
+from peer.engines import FetchError
+from peer.state.model import ReplicaState
 from peer.state.order import (
     AlertRaised,
     AttemptFailed,
@@ -27,128 +18,12 @@ from peer.state.order import (
     AttemptStarted,
     EngineStarted,
     LoadReplica,
-    ReplicaLoaded,
     Report,
-    WorkerReported,
 )
-from peer.state.worker import EngineState, HostInfo
-from peer.streams import StreamHub
-from simulations.world.cards import (
-    GIB,
-    Profile,
-    SimCard,
-    SimTelemetry,
-    catalogue,
-    devices,
-    expected_text,
-    profile,
-)
-from simulations.world.engines import SimEngine
+from peer.state.worker import EngineState
+from simulations.world.cards import GIB, catalogue, devices, expected_text
 from simulations.world.files import SimFiles
-from tests.executor.rig import Rig, Sink, rig
-
-WAIT_S = 2_000.0
-ECHO = Model(
-    name="echo",
-    source="https://x/echo",
-    family="llama",
-    memory_bytes=4 * GIB,
-    size_bytes=GIB,
-    context=512,
-    slots=4,
-)
-BIG = msgspec.structs.replace(ECHO, name="big", memory_bytes=13 * GIB)
-PROFILE = profile((ECHO, BIG), slots_max=4)
-
-
-class Life:
-    alive = True
-
-
-class VirtualClock:
-    def now(self) -> float:
-        return trio.current_time()
-
-    def wall(self) -> float:
-        return 1_000_000.0 + trio.current_time()
-
-    async def sleep(self, seconds: float) -> None:
-        await trio.sleep(seconds)
-
-
-class PatientSink(Sink):
-    """Waits for virtual minutes; a lasting silence is still a failure."""
-
-    async def wait(self, want: Callable[[Any], bool], start: int = 0) -> Any:
-        at = start
-        with trio.move_on_after(WAIT_S):
-            while True:
-                while at < len(self.seen):
-                    if want(self.seen[at]):
-                        return self.seen[at]
-                    at += 1
-                await self._news.wait()
-        raise AssertionError(f"not reported in {WAIT_S} s; the last ones were {self.seen[-5:]}")
-
-
-class SimRig(Rig):
-    """The same executor over simulated engines."""
-
-    def __init__(
-        self,
-        device: Device,
-        *,
-        shape: Profile = PROFILE,
-        allowed: EngineLimits | None = None,
-        telemetry: bool = False,
-        seed: int = 1,
-    ) -> None:
-        self.sink = PatientSink()
-        self.sim_files = SimFiles()
-        self.clock = VirtualClock()  # type: ignore[assignment]
-        self.streams = StreamHub(self.clock)
-        self.worker_id = f"p1-{device.label}"
-        self.card = SimCard(device)
-        self.life = Life()
-        self.engine = SimEngine(
-            self.life, self.worker_id, self.card, self.clock, random.Random(seed), shape, allowed=allowed
-        )
-        self.engines = [self.engine]
-        self.executor = Executor(
-            "p1",
-            (device,),
-            engine=lambda worker_id, device: self.engine,
-            telemetry=lambda device: SimTelemetry(self.card) if telemetry else None,
-            host_info=lambda: HostInfo(cpu="c", ram_total_bytes=1, ram_used_bytes=1, os="o"),
-            files=self.sim_files,
-            sink=self.sink,
-            streams=self.streams,
-            clock=self.clock,
-            thresholds=Alerts(),
-            slots_max=shape.slots_max,
-        )
-
-    async def load(self, model: Model = ECHO) -> None:
-        await super().load(model)
-
-    def since(self) -> int:
-        return len(self.sink.seen)
-
-
-@asynccontextmanager
-async def sim(ready: bool = True, load: bool = True, **options: Any) -> AsyncIterator[SimRig]:
-    made = SimRig(devices(1)[0], **options)
-    async with trio.open_nursery() as nursery:
-        await nursery.start(made.executor.run)
-        if ready:
-            await made.state(EngineState.READY)
-            if load:
-                await made.load()
-        yield made
-        made.executor.stop()
-    assert made.card.held() == {}
-    assert made.card.used_bytes() == 0
-
+from tests.simulations.engine_setup import BIG, ECHO, PROFILE, SimRig, sim
 
 # ---------------------------------------------------------------- what it does when all is well
 
@@ -471,142 +346,3 @@ async def test_files_come_late_or_not(autojump_clock: MockClock) -> None:
     assert files.local(ECHO) == path == await files.fetch(ECHO, lambda *progress: None)
     files.lose_disk()
     assert files.local(ECHO) is None
-
-
-# ---------------------------------------------------------------- honesty: beside the real thing
-
-NAMES = {AttemptFinished: "finished", AttemptStarted: "started", EngineStarted: "up", ReplicaLoaded: "loaded"}
-STALL_S = {"start": 9.0, "idle": 3.0, "load": 9.0, "warmup": 9.0, "prefill": 3.0, "decode": 3.0}
-ALLOWED = EngineLimits(stall_s=STALL_S, backoff_s=(0.3, 0.3, 0.3), deaths_max=3, stop_s_max=1.0)
-FAKE = {"memory_total_bytes": 2.5e9, "model_memory_bytes": 1e9, "load_s": 0.4, "tokens_per_s": 40.0}
-SMALL = Model(name="echo", source="builtin:echo", family="echo", context=512, slots=1)
-
-
-def kinds(seen: list[Report]) -> list[str]:
-    """What was reported, in order; of the states reported every second, what was new.
-
-    Not those of replicas: how many of them are coalesced into one report is left to chance in real time.
-    """
-    told, state = [], ""
-    for report in seen:
-        if isinstance(report, WorkerReported):
-            if report.report.state.value != state:
-                state = report.report.state.value
-                told.append(f"is {state}")
-        elif isinstance(report, AttemptFailed):
-            told.append(f"{report.task_id} failed: {report.code}")
-        elif isinstance(report, AlertRaised):
-            told.append(f"alert {report.kind} {report.level} {report.raised}")
-        else:
-            told.append(f"{getattr(report, 'task_id', '')} {NAMES[type(report)]}".strip())
-    return told
-
-
-Act = Callable[[], Awaitable[None]]
-
-
-async def script(it: Rig, die: Act, hang: Act) -> list[str]:
-    async def run(task_id: str, words: int = 4) -> None:
-        await it.run(task_id, " ".join("w" * words), max_tokens=words)
-
-    async def ended(task_id: str) -> None:
-        await it.outcome(task_id)
-        await it.forget(task_id)
-
-    async def up(act: Act) -> None:
-        start = len(it.sink.seen)
-        await act()
-        await it.sink.kind(EngineStarted, start)
-        await it.state(EngineState.READY, len(it.sink.seen) - 1)
-
-    other = msgspec.structs.replace(SMALL, name="other")
-    third = msgspec.structs.replace(SMALL, name="third")
-    await run("unloaded")
-    await ended("unloaded")
-    await it.load(SMALL)
-    await it.load(SMALL)
-    await run("t1")
-    await ended("t1")
-    await it.load(other)
-    await it.executor.order(LoadReplica(epoch=1, worker_id=it.worker_id, model=third))
-    await it.replica(ReplicaState.FAILED, "third")
-    await run("cancelled", 400)
-    await it.sink.wait(lambda report: isinstance(report, AttemptStarted) and report.task_id == "cancelled")
-    await run("behind")
-    await it.stop_run("cancelled")
-    await ended("behind")
-    await run("too-long", 600)
-    await ended("too-long")
-    await run("ejected", 400)
-    await it.sink.wait(lambda report: isinstance(report, AttemptStarted) and report.task_id == "ejected")
-    await it.unload()
-    await ended("ejected")
-    await it.load(SMALL)
-    await run("killed", 400)
-    await it.sink.wait(lambda report: isinstance(report, AttemptStarted) and report.task_id == "killed")
-    await up(die)
-    await it.forget("killed")
-    await it.load(SMALL)
-    await run("restarted", 400)
-    await it.sink.wait(lambda report: isinstance(report, AttemptStarted) and report.task_id == "restarted")
-    await up(it.restart)
-    await it.forget("restarted")
-    await it.load(SMALL)
-    await up(hang)
-    await it.forget("hung")
-    await up(die)
-    start = len(it.sink.seen)
-    await die()
-    await it.state(EngineState.ERROR, start)
-    await up(it.restart)
-    await trio.sleep(0.2)
-    return kinds(it.sink.seen)
-
-
-async def of_the_model(seed: int) -> list[str]:
-    device = Device(
-        label="fake0", device="fake", name="stand-in", stand_in=True, memory_total_bytes=int(2.5e9)
-    )
-    shape = Profile(
-        start_s=(0.2, 0.6),
-        load_bytes_per_s=2.5e9,
-        tokens_per_s=40.0,
-        batch_s=0.05,
-        slots_max=4,
-        other_memory_bytes=int(1e9),
-    )
-    made = SimRig(device, shape=shape, allowed=ALLOWED, seed=seed)
-
-    async def die() -> None:
-        made.engine.die()
-
-    async def hang() -> None:  # the stand-in starts the run that tells it to hang
-        await made.run("hung", "w w w w")
-        await made.sink.wait(lambda report: isinstance(report, AttemptStarted) and report.task_id == "hung")
-        made.engine.hang()
-
-    async with trio.open_nursery() as nursery:
-        await nursery.start(made.executor.run)
-        await made.state(EngineState.READY)
-        told = await script(made, die, hang)
-        made.executor.stop()
-    return told
-
-
-@pytest.mark.process
-def test_the_model_tells_what_the_real_one_tells() -> None:
-    async def real() -> list[str]:
-        async with rig(load=False, allowed=ALLOWED, fake=FAKE) as it:
-
-            async def die() -> None:
-                os.kill(it.pid(), signal.SIGKILL)
-
-            async def hang() -> None:
-                await it.run("hung", "fault:hang")
-
-            return await script(it, die, hang)
-
-    told = trio.run(real)
-    for seed in range(5):
-        assert trio.run(of_the_model, seed, clock=MockClock(autojump_threshold=0)) == told
-    assert len(told) > 35
