@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 
 import trio
 
@@ -76,7 +76,8 @@ class Session:
             nursery.start_soon(self._write)
             nursery.start_soon(self._close_when_over, nursery.cancel_scope)
             try:
-                yield self._frames()
+                async with aclosing(self._frames()) as frames:
+                    yield frames
             except Unavailable as error:
                 self.end(error.message)
             finally:
@@ -89,7 +90,7 @@ class Session:
         await self._over.wait()
         scope.cancel()
 
-    async def _frames(self) -> AsyncIterator[wire.Frame]:
+    async def _frames(self) -> AsyncGenerator[wire.Frame, None]:
         while True:
             data = await self._connection.receive()
             self._heard_at = trio.current_time()
