@@ -71,9 +71,7 @@ def perform(job: Job) -> Outcome | Broken:
             return _run(job)
     except SimulatorError as error:
         return Broken(job, f"{error}{_cause(error)}")
-    except (
-        Exception
-    ) as error:  # whatever else gets out of a run is the simulator's: the product's is in Outcome
+    except Exception as error:  # whatever else gets out is the simulator's: the product's is in Outcome
         lines = traceback.format_exception(error)[-_TRACEBACK_LINES:]
         return Broken(job, "".join(lines).rstrip())
 

@@ -7,7 +7,7 @@ write. Each check counts how often it was made.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from peer.decide.batch import Batch
@@ -15,8 +15,7 @@ from peer.decide.decision import Decision
 from peer.errors import BitinglipError, Conflict, Overloaded
 from peer.limits import ATTEMPTS_MAX, WORKER_SILENT_S
 from peer.state import command as asks
-from peer.state.index import Index
-from peer.state.model import HOLDS_MEMORY, Draining, ReplicaState
+from peer.state.model import Draining, ReplicaState
 from peer.state.order import ForgetAttempt, LoadReplica, Report, RunAttempt, UnloadReplica, WorkerReported
 from peer.state.record import decode, encode, key_of
 from peer.state.snapshot import (
@@ -32,10 +31,11 @@ from peer.state.snapshot import (
     StoreWrites,
 )
 from peer.state.task import TERMINAL, TRANSITIONS, Status, Task, TaskResult
-from peer.state.worker import EngineState
 from simulations.errors import InvariantViolated
+from simulations.policy import agreement
 from simulations.policy.heap import Heap
 from simulations.policy.losses import Losses
+from simulations.policy.slots import Slots
 from simulations.policy.sometimes import Sometimes, transition_name
 from simulations.policy.store import SimStore
 
@@ -66,8 +66,7 @@ class Checker:
         self._owed: dict[tuple[str, str], object | None] = {}  # durable: what is to go
         self._drains_decided: list[tuple[tuple[str, str], str]] = []  # and not yet durable
         self.losses = Losses(self)
-        self._affected: dict[str, None] = {}  # workers, since it was last looked for idle slots
-        self._queued_before: dict[str, None] = {}
+        self._slots = Slots(self, self.losses)
         self._events_last = 0
         self._published_last = 0
         self._leader_since = 0.0
@@ -105,20 +104,20 @@ class Checker:
                     elif name == "reconcile":
                         self._sometimes.saw("eviction for room")
                 case Heard(report=report):
-                    self._affected[report.worker_id] = None
+                    self._slots.touch(report.worker_id)
                     self.losses.heard(report, now, snapshot)
                 case Alive(peer_id=peer_id):
                     self.losses.alive(peer_id, now, snapshot)
                 case Linked():
                     self.losses.linked(change)
-                    self._affected.update(snapshot.peers.get(change.peer_id, {}))
+                    self._slots.touch(*snapshot.peers.get(change.peer_id, {}))
                 case Rumoured():
                     self.losses.rumoured(change)
                 case Lose():
                     self.losses.lost(change, snapshot, now)
                 case Foresee(worker_id=worker_id, replica=replica):
                     if name in ("reconcile", "advance") and replica.state is ReplicaState.LOADING:
-                        self._fits(snapshot, worker_id, replica.model_name, replica.memory_bytes)
+                        self._slots.fits(snapshot, worker_id, replica.model_name, replica.memory_bytes)
         for event in decision.events:
             if event.event == "cluster_rebalance_finished":
                 self._sometimes.saw(f"rebalance {event.data['status']}")
@@ -137,7 +136,7 @@ class Checker:
     def _drain_ends(self, name: str, draining: Draining, snapshot: Snapshot) -> None:
         """By an owner who wants it after all, by a rebalance that gives its own up, or since the replica is gone."""
         place = draining.worker_id, draining.model_name
-        self._affected[draining.worker_id] = None
+        self._slots.touch(draining.worker_id)
         is_owners = place in self._owner_drains
         self._owner_drains.pop(place, None)
         self._drains_decided.append((place, name))
@@ -154,7 +153,7 @@ class Checker:
         old = self._seen.get(task.task_id)
         self._seen[task.task_id] = task
         if task.worker_id is not None:
-            self._affected[task.worker_id] = None
+            self._slots.touch(task.worker_id)
         if old is None:
             fresh = task.status is Status.QUEUED and task.attempt == 0 and task.strikes == 0
             self.check("a task begins queued", fresh, f"{task.task_id} begins {task.status.value}")
@@ -243,21 +242,6 @@ class Checker:
                 ):
                     self._not_the_last(snapshot, order.worker_id, order.model_name)
 
-    def _fits(self, snapshot: Snapshot, worker_id: str, model_name: str, needed: int) -> None:
-        """By what the leader knows: every replica that holds or will soon hold memory, and the new one."""
-        report = snapshot.reports[worker_id]
-        ours = sum(
-            r.memory_bytes
-            for r in snapshot.replicas[worker_id].values()
-            if r.state in HOLDS_MEMORY and r.model_name != model_name
-        )
-        total = report.telemetry.memory_total_bytes
-        self.check(
-            "replicas fit their device",
-            ours + needed <= total,
-            f"{model_name} needs {needed} on {worker_id} beside {ours} of {total}",
-        )
-
     # ------------------------------------------------------------ who is there
 
     def ticked(self, now: float, snapshot: Snapshot) -> None:
@@ -284,55 +268,8 @@ class Checker:
         self.bounded("bytes of inputs", snapshot.inputs_bytes, policy.queue_bytes_max)
         for _, order in work.orders:
             if isinstance(order, RunAttempt):
-                self._assigned(snapshot, order, work.now)
-        self._no_idle_slots(snapshot, work.now)
-
-    def _assigned(self, snapshot: Snapshot, order: RunAttempt, now: float) -> None:
-        worker_id, name = order.worker_id, order.model_name
-        replica = snapshot.replicas[worker_id].get(name)
-        ready = replica is not None and replica.state is ReplicaState.READY
-        self.check("only ready replicas get tasks", ready, f"{order.task_id}: {name} on {worker_id}")
-        draining = (worker_id, name) in snapshot.draining
-        self.check("draining replicas get no task", not draining, f"{order.task_id}: {name} on {worker_id}")
-        up = self.losses.there(snapshot, worker_id) and snapshot.reports[worker_id].state is EngineState.READY
-        self.check("only workers that are up get tasks", up, f"{order.task_id} on {worker_id}")
-        held = snapshot.held[worker_id]
-        mine = sum(task.model_name == name for task in held.values())
-        slots, slots_max = (replica.slots if replica else 0), snapshot.reports[worker_id].slots_max
-        text = f"{worker_id} holds {mine} of {name} with {slots} slots, {len(held)} of {slots_max} in all"
-        self.check("slots are never exceeded", mine <= slots and len(held) <= slots_max, text)
-
-    def _no_idle_slots(self, snapshot: Snapshot, now: float) -> None:
-        """After every batch: no task waits while a replica of its model has a free slot.
-
-        Only what has changed is looked at: the batch's workers, and all of a model that nothing waited for before.
-        """
-        affected, self._affected = self._affected, {}
-        for name in snapshot.queues:
-            if name not in self._queued_before:
-                affected.update(dict.fromkeys(w for w, of in snapshot.replicas.items() if name in of))
-        self._queued_before = dict.fromkeys(snapshot.queues)
-        if snapshot.queues:
-            self._no_idle_slots_of(snapshot, now, affected)
-
-    def _no_idle_slots_of(self, snapshot: Snapshot, now: float, workers: Iterable[str]) -> None:
-        self.counts["no task waits beside a free slot"] += 1
-        for worker_id in workers:
-            report = snapshot.reports.get(worker_id)
-            if report is None or report.state is not EngineState.READY or worker_id in snapshot.paused:
-                continue
-            held = snapshot.held.get(worker_id, {})
-            if len(held) >= report.slots_max or not self.losses.there(snapshot, worker_id):
-                continue
-            for name, replica in snapshot.replicas[worker_id].items():
-                if (
-                    name in snapshot.queues
-                    and replica.state is ReplicaState.READY
-                    and (worker_id, name) not in snapshot.draining
-                ):
-                    mine = sum(task.model_name == name for task in held.values())
-                    text = f"{name} on {worker_id}: {mine} of {replica.slots} slots"
-                    self.check("no task waits beside a free slot", mine >= replica.slots, text)
+                self._slots.assigned(snapshot, order)
+        self._slots.none_idle(snapshot)
 
     def _drains_durable(self) -> None:
         """An owner's unload is owed from when it is durable until that very replica has gone."""
@@ -462,8 +399,8 @@ class Checker:
         self.check(
             "finished tasks are counted", snapshot.finished == ended, f"{snapshot.finished} of {ended}"
         )
-        self._structures(snapshot)
-        self._index(snapshot)
+        agreement.queues(self, snapshot)
+        agreement.index(self, snapshot)
         groups: tuple[Any, ...] = (
             snapshot.workers.values(), snapshot.assignments.values(), snapshot.profiles.values(),
             snapshot.plans.values(), snapshot.draining.values(), snapshot.inputs.values(),
@@ -473,34 +410,6 @@ class Checker:
             for record in group:
                 same = store.value(key_of(record)) == encode(record)
                 self.check("memory equals store", same, key_of(record))
-
-    def _structures(self, snapshot: Snapshot) -> None:
-        tasks = snapshot.tasks
-        queued = sorted(i for queue in snapshot.queues.values() for _, i in queue)
-        held = sorted(i for of in snapshot.held.values() for i in of)
-        by_status = sorted(i for i, t in tasks.items() if t.status is Status.QUEUED)
-        consistent = (
-            queued == by_status
-            and snapshot.queued == len(queued)
-            and held == sorted(tasks.keys() - set(queued))
-            and sorted(i for _, i in snapshot.deadlines) == sorted(tasks)
-            and snapshot.deadlines == sorted(snapshot.deadlines)
-            and sorted(snapshot.inputs) == sorted(tasks)
-            and snapshot.inputs_bytes == sum(t.parameters_bytes for t in tasks.values())
-        )
-        self.check("queues, slots and deadlines agree with the tasks", consistent)
-
-    def _index(self, snapshot: Snapshot) -> None:
-        """What is kept beside the facts follows from them."""
-        fresh = Index()
-        for worker_id in snapshot.workers:
-            fresh.place(worker_id, {}, snapshot.replicas.get(worker_id, {}))
-            if worker_id in snapshot.reports:
-                fresh.named[worker_id] = frozenset(snapshot.reports[worker_id].running)
-            fresh.touch(snapshot, worker_id)
-        for name in ("placed", "room", "unmet", "unused", "doubtful", "named"):
-            same = getattr(fresh, name) == getattr(snapshot.index, name)
-            self.check("the index follows from the facts", same, name)
 
     def timely(self, snapshot: Snapshot, now: float, stalled_s: float) -> None:
         """What a tick must have done by now. `stalled_s`: how long the leader may have been kept from it."""

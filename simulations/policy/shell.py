@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 from typing import Any, NoReturn, Protocol
 
-import msgspec
-
 from peer import limits
 from peer.decide import admit, lose, meter, place, record, recover, retain, schedule
 from peer.decide import rebalance as moves
@@ -21,22 +19,21 @@ from peer.decide.decision import Decision
 from peer.errors import BitinglipError, Unavailable
 from peer.establish import load_snapshot
 from peer.state import command as asks
-from peer.state.order import AttemptFinished, Order, Report, WorkerReported
+from peer.state.order import Order, Report, WorkerReported
 from peer.state.record import decode, ended_at, idempotency_key, prefix_end, task_id
 from peer.state.snapshot import Linked, Policy, Rumoured, Snapshot, StoreWrites
 from peer.state.task import Idempotency, Task, TaskResult
 from simulations.errors import InvariantViolated
 from simulations.policy.faults import FaultPlan
 from simulations.policy.heap import WALL_BASE_S, Heap
+from simulations.policy.inbox import Answered, Item, Pending, size_of
 from simulations.policy.invariants import Checker
 from simulations.policy.sometimes import Sometimes
-from simulations.policy.store import SimStore, run_now
+from simulations.policy.store import SimStore, StandingClock, run_now
 
 _ENTROPY_BYTES = 5
 _FORGET_ROUNDS_MAX = 8
 _IMPLIED_S = 3.0  # with the ticks' own delays well below WORKER_SILENT_S
-_encode_json = msgspec.json.Encoder().encode
-Answered = Callable[[Any, BitinglipError | None], None]
 
 
 class Peers(Protocol):
@@ -84,37 +81,6 @@ TICK = (
 TICK_EACH_SECOND = (("sample_gauges", True), ("roll_up", True))
 
 
-class _Pending:
-    __slots__ = ("answer", "answered", "command", "error", "size", "stored")
-
-    def __init__(self, command: asks.Command, answered: Answered) -> None:
-        self.command = command
-        self.answered = answered
-        self.size = len(_encode_json(command.parameters)) if isinstance(command, asks.SubmitTask) else 0
-        self.answer: Any = None
-        self.error: BitinglipError | None = None
-        self.stored: Task | Idempotency | None = None
-
-
-_Item = _Pending | Report | Linked | Rumoured
-
-
-class _Clock:
-    """What `load_snapshot` needs of peer.ports.Clock."""
-
-    def __init__(self, wall: float) -> None:
-        self._wall = wall
-
-    def now(self) -> float:
-        return self._wall
-
-    def wall(self) -> float:
-        return self._wall
-
-    async def sleep(self, seconds: float) -> None:
-        raise NotImplementedError
-
-
 class SimLeader:
     """One leadership after another over one store."""
 
@@ -145,10 +111,10 @@ class SimLeader:
         self._catalogue = catalogue
         self._rng = heap.random("store")
         self._entropy = heap.random("entropy")
-        self._inbox: deque[_Item] = deque()
+        self._inbox: deque[Item] = deque()
         self._stalled_until = 0.0
         self._heard_quiet_at = 0.0
-        self._deciding: list[_Pending] = []
+        self._deciding: list[Pending] = []
         self._in_flight: StoreWrites = {}
         self.busy = False
         self._tick_due = False
@@ -176,7 +142,7 @@ class SimLeader:
                 cluster_id="simulated",
                 policy=self._policy,
                 catalogue=self._catalogue,
-                clock=_Clock(self.wall()),
+                clock=StandingClock(self.wall()),
             )
         )
         self._decide.loaded(self.snapshot)
@@ -194,7 +160,7 @@ class SimLeader:
         if self._in_flight and self._rng.random() < 0.5:  # it had reached the disk, unknown to anybody
             self._write()
         self._in_flight = {}
-        lost = [*self._deciding, *(item for item in self._inbox if isinstance(item, _Pending))]
+        lost = [*self._deciding, *(item for item in self._inbox if isinstance(item, Pending))]
         self._deciding, self._inbox = [], deque()
         error = Unavailable("this peer has stopped leading", code="ambiguous", retry_after_s=1.0)
         for pending in lost:
@@ -213,7 +179,7 @@ class SimLeader:
             error = Unavailable("no leader", code="stopping", retry_after_s=1.0)
             self._heap.after(0.001, answered, None, error)
             return
-        self._inbox.append(_Pending(command, answered))
+        self._inbox.append(Pending(command, answered))
         self._pump()
 
     def take_report(self, life: int, report: Report) -> None:
@@ -274,23 +240,23 @@ class SimLeader:
             else:
                 return
 
-    def _gather(self) -> list[_Item]:
-        batch: list[_Item] = []
+    def _gather(self) -> list[Item]:
+        batch: list[Item] = []
         nbytes = 0
         while self._inbox and len(batch) < limits.BATCH_COMMANDS_MAX and nbytes < limits.BODY_BYTES_MAX:
             item = self._inbox.popleft()
             batch.append(item)
-            nbytes += _size(item)
+            nbytes += size_of(item)
         return batch
 
-    def _batch(self, batch: list[_Item], then: Callable[[], None] | None) -> None:
-        commands = [item for item in batch if isinstance(item, _Pending)]
+    def _batch(self, batch: list[Item], then: Callable[[], None] | None) -> None:
+        commands = [item for item in batch if isinstance(item, Pending)]
         self._deciding = commands
         for pending in commands:
             self._read_stored(pending)
         work = Batch(self.snapshot, self.wall())
         for item in batch:
-            if isinstance(item, _Pending):
+            if isinstance(item, Pending):
                 self._decide_command(item, work)
             elif isinstance(item, Linked | Rumoured):
                 self._apply(work, "evidence", Decision(changes=[item]))
@@ -366,7 +332,7 @@ class SimLeader:
 
     # ------------------------------------------------------------ commands
 
-    def _read_stored(self, pending: _Pending) -> None:
+    def _read_stored(self, pending: Pending) -> None:
         match pending.command:
             case asks.SubmitTask(owner=owner, idempotency_key=text) if text:
                 value = self.store.value(idempotency_key(owner, text))
@@ -375,7 +341,7 @@ class SimLeader:
                 value = self.store.value(f"task/{wanted}")
                 pending.stored = decode(Task, value) if value is not None else None
 
-    def _decide_command(self, pending: _Pending, work: Batch) -> None:
+    def _decide_command(self, pending: Pending, work: Batch) -> None:
         name = type(pending.command).__name__
         try:
             decision = self._decided(pending, work)
@@ -387,7 +353,7 @@ class SimLeader:
         self._apply(work, name, decision)
         pending.answer = decision.reply
 
-    def _decided(self, pending: _Pending, work: Batch) -> Decision:
+    def _decided(self, pending: Pending, work: Batch) -> Decision:
         snapshot, now, decide = self.snapshot, work.now, self._decide
         match pending.command:
             case asks.SubmitTask() as command:
@@ -419,7 +385,7 @@ class SimLeader:
 
     # ------------------------------------------------------------ commit and after
 
-    def _commit(self, work: Batch, commands: list[_Pending], then: Callable[[], None] | None) -> None:
+    def _commit(self, work: Batch, commands: list[Pending], then: Callable[[], None] | None) -> None:
         if not work.writes:
             self._carry_out(work, commands, then)
             return
@@ -429,7 +395,7 @@ class SimLeader:
         self._heap.after(took_s, self._committed, self.life, work, commands, then)
 
     def _committed(
-        self, life: int, work: Batch, commands: list[_Pending], then: Callable[[], None] | None
+        self, life: int, work: Batch, commands: list[Pending], then: Callable[[], None] | None
     ) -> None:
         if life != self.life:
             return  # `crash` has settled what became of it
@@ -472,7 +438,7 @@ class SimLeader:
             self._heap.trace(key)
             self._heap.trace_bytes(writes[key] or b"-")
 
-    def _carry_out(self, work: Batch, commands: list[_Pending], then: Callable[[], None] | None) -> None:
+    def _carry_out(self, work: Batch, commands: list[Pending], then: Callable[[], None] | None) -> None:
         self._checker.carried_out(work)
         if not self._decide.acknowledge_early:
             self._answer(commands)
@@ -482,7 +448,7 @@ class SimLeader:
         if then is not None:
             then()
 
-    def _answer(self, commands: list[_Pending]) -> None:
+    def _answer(self, commands: list[Pending]) -> None:
         for pending in commands:
             self._heap.after(0.0005, pending.answered, pending.answer, pending.error)
 
@@ -508,9 +474,3 @@ class SimLeader:
         self._apply(work, "forget_tasks", self._decide.forget_tasks(tasks))
         again = rounds + 1 if len(names) == limits.RETENTION_BATCH else _FORGET_ROUNDS_MAX
         self._commit(work, [], lambda: self._forget(again))
-
-
-def _size(item: _Item) -> int:
-    if isinstance(item, _Pending):
-        return item.size
-    return len(item.generated_text) if isinstance(item, AttemptFinished) else 0

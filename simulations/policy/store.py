@@ -23,6 +23,22 @@ def run_now(coroutine: Coroutine[Any, Any, T]) -> T:
     raise SimulatorError("code that must not wait has waited")
 
 
+class StandingClock:
+    """What `load_snapshot` needs of peer.ports.Clock."""
+
+    def __init__(self, wall: float) -> None:
+        self._wall = wall
+
+    def now(self) -> float:
+        return self._wall
+
+    def wall(self) -> float:
+        return self._wall
+
+    async def sleep(self, seconds: float) -> None:
+        raise NotImplementedError
+
+
 class SimStore:
     """The reading part of peer.ports.Store, so that `peer.establish` loads from it, and `apply`."""
 
