@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-PRODUCT = ("peer", "api", "engine")
+PRODUCT = ("peer", "api", "engine", "simulations")
 
 
 class Source(NamedTuple):

@@ -22,6 +22,16 @@ BROAD_EXCEPT_ALLOWED = frozenset(
         "peer.adapters.telemetry_amdsmi:open_amdsmi",  # AMD's package raises anything while it is imported
         "peer.leader:_decide_command",  # a bug in a decision costs that command and no more
         "peer.leader:_decide_report",  # likewise that report
+        "simulations.campaign:perform",  # a simulator that breaks in one run must not take the campaign with it
+        "simulations.policy.driver:run",  # what no decision raised is the simulator's own fault, and says so
+        "simulations.policy.shell:_apply",  # a decision that cannot be applied is a failure found
+        "simulations.policy.shell:_batch",  # likewise one whose ended tasks cannot be counted
+        "simulations.policy.shell:_decide_command",  # likewise one that raises what no caller expects
+        "simulations.policy.shell:_take",  # likewise one that raises at all
+        "simulations.rehearsal.cluster:rehearse",  # what no decision raised is the rehearsal's own fault
+        "simulations.world.calls:_serve",  # a bug in a handler ends the run, blamed on whose code it is
+        "simulations.world.kernel:_own",  # a task of the world that fails ends the run
+        "simulations.world.kernel:run",  # a simulated process may end with anything: that is the finding
     }
 )
 LOOSE_END = re.compile(r"\b(TODO|FIXME|XXX|HACK)\b")
