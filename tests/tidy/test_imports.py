@@ -50,6 +50,11 @@ def test_decisions_have_no_clock_no_chance_and_no_world() -> None:
     )
 
 
+def test_the_link_imports_records_and_ports() -> None:
+    allowed = ("peer.link", "peer.state", "peer.ports", "peer.limits", "peer.errors", "msgspec", "trio")
+    report(offenders("peer/link", allowed))
+
+
 def test_the_api_sees_only_the_port() -> None:
     allowed = tuple(f"peer.{name}" for name in ("state", "ports", "errors", "limits", "config", "version"))
     report([each for each in offenders("api", (*allowed, "api")) if "imports peer" in each])
