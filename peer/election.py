@@ -24,28 +24,35 @@ _KEEPALIVE_S: Final = limits.LEASE_TTL_S / 4
 
 
 class Leadership:
-    """One epoch of this peer: vouches for its memory as long as its beats are acknowledged."""
+    """One epoch of this peer: vouches for its memory as long as its beats and keepalives are acknowledged."""
 
     def __init__(self, epoch: int, clock: Clock, begun: float) -> None:
         self.epoch = epoch
         self._clock = clock
-        self._begun = begun  # of the last acknowledged beat
+        self._begun = begun  # of the last acknowledged beat; of the campaign, before the first one
+        self._kept = begun  # of the last acknowledged keepalive
         self._renewed = trio.Event()
         self.lost = ""
 
     def fresh(self) -> bool:
         """Whether no other peer can have led until now."""
-        return not self.lost and elect.vouched(self._begun, self._clock.now())
+        return not self.lost and elect.vouched(self._begun, self._kept, self._clock.now())
 
     async def renewed(self) -> None:
-        """Until the next acknowledged beat, or the end of this leadership."""
+        """Until the next acknowledged beat or keepalive, or the end of this leadership."""
         await self._renewed.wait()
 
     def overdue(self) -> bool:
         return elect.must_step_down(self._begun, self._clock.now())
 
     def beaten(self, begun: float) -> None:
+        """A beat that was begun then is acknowledged."""
         self._begun = begun
+        self._wake()
+
+    def kept(self, begun: float) -> None:
+        """The lease was kept alive by a call that was begun then."""
+        self._kept = begun
         self._wake()
 
     def end(self, why: str) -> None:
@@ -197,7 +204,7 @@ class Election:
             async with trio.open_nursery() as nursery:
                 self._scope = nursery.cancel_scope
                 nursery.start_soon(self._beat, leadership)
-                nursery.start_soon(self._keep, lease_id)
+                nursery.start_soon(self._keep, leadership, lease_id)
                 nursery.start_soon(self._watch_over, leadership)
                 try:
                     await self._lead(leadership)
@@ -228,15 +235,18 @@ class Election:
                 leadership.beaten(begun)
             await self._clock.sleep(max(0.0, begun + limits.BEAT_S - self._clock.now()))
 
-    async def _keep(self, lease_id: int) -> None:
+    async def _keep(self, leadership: Leadership, lease_id: int) -> None:
         while True:
             await self._clock.sleep(_KEEPALIVE_S)
+            begun = self._clock.now()
             try:
                 await self._store.keepalive(lease_id)
             except NotFound:
                 return  # the key has gone with it: the next beat says so
             except (StoreError, Unavailable) as error:
                 log.debug("lease_not_kept", why=error.message)
+            else:
+                leadership.kept(begun)
 
     async def _watch_over(self, leadership: Leadership) -> None:
         while not leadership.overdue():

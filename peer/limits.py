@@ -38,6 +38,7 @@ RETENTION_BATCH: Final = 200  # finished tasks forgotten per tick
 LEASE_TTL_S: Final = 5.0
 BEAT_S: Final = 0.5  # the leader's fenced beats
 GUARD_S: Final = 1.5  # a leader whose beat has not moved for so long, seen twice, may be deposed on evidence
+LEASE_SURE_S: Final = 4.0  # an acknowledged keepalive begun no longer ago vouches, too; less than LEASE_TTL_S
 READ_FRESH_S: Final = 1.0  # an acknowledged beat begun no longer ago vouches for reads; less than GUARD_S
 STEP_DOWN_S: Final = 3.0  # without an acknowledged beat; less than LEASE_TTL_S
 STORE_CALL_S_MAX: Final = 2.0  # one call of a store over the network

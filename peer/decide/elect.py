@@ -7,15 +7,17 @@ beat is still the one it had read at least GUARD_S before. A leader that can wri
 who merely cannot see it.
 
 What follows for reads: a leader that began a beat at time t, acknowledged later, has not been deposed before
-t + GUARD_S. So until t + READ_FRESH_S, with READ_FRESH_S < GUARD_S, its memory is the newest there is. (Durations only:
-no two clocks are compared. The difference of the two bounds allows clocks to differ in rate by a third.)
+t + GUARD_S; and one that began to keep its lease alive at time k, acknowledged later, has not lost it before
+k + LEASE_TTL_S. So until t + READ_FRESH_S and k + LEASE_SURE_S, both shorter, its memory is the newest there is. One of
+the two alone is not enough: a lease may end although beats go on. (Durations only: no two clocks are compared. The
+differences of the bounds allow clocks to differ in rate by a quarter.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from peer.limits import GUARD_S, READ_FRESH_S, STEP_DOWN_S
+from peer.limits import GUARD_S, LEASE_SURE_S, READ_FRESH_S, STEP_DOWN_S
 
 _LOOK_S = 1.0  # how often a voter without evidence looks at the leader key
 _LOOK_CLOSELY_S = 0.25  # and one with evidence: a leader that stops politely gives the key back at once
@@ -100,9 +102,9 @@ def candidate(
     return guard, Depose(seen.epoch, seen.beat_revision, f"{evidence}, and no beat for {GUARD_S:g} s")
 
 
-def vouched(beat_begun: float, now: float) -> bool:
-    """Whether an acknowledged beat that was begun then vouches for what a leader reads in its memory now."""
-    return now - beat_begun < READ_FRESH_S
+def vouched(beat_begun: float, kept_begun: float, now: float) -> bool:
+    """Whether an acknowledged beat and keepalive that were begun then vouch for what a leader reads in its memory."""
+    return now - beat_begun < READ_FRESH_S and now - kept_begun < LEASE_SURE_S
 
 
 def must_step_down(beat_begun: float, now: float) -> bool:

@@ -17,7 +17,7 @@ from peer.decide.elect import (
     must_step_down,
     vouched,
 )
-from peer.limits import BEAT_S, GUARD_S, LEASE_TTL_S, READ_FRESH_S, STEP_DOWN_S
+from peer.limits import BEAT_S, GUARD_S, LEASE_SURE_S, LEASE_TTL_S, READ_FRESH_S, STEP_DOWN_S
 
 
 def seen(epoch: int = 7, holder: str = "h2", beat: int = 40, ended: float = 100.0) -> Seen:
@@ -32,6 +32,7 @@ def test_the_key_says_who_leads_and_where() -> None:
 
 def test_the_bounds_leave_room_for_clocks_that_differ() -> None:
     assert 2 * BEAT_S <= READ_FRESH_S < GUARD_S < STEP_DOWN_S < LEASE_TTL_S
+    assert STEP_DOWN_S < LEASE_SURE_S < LEASE_TTL_S
 
 
 def test_a_free_key_is_campaigned_for() -> None:
@@ -91,10 +92,14 @@ def test_no_read_is_vouched_for_once_another_may_have_taken_the_key(
 ) -> None:
     """A beat begun at `begun` stood still for whoever looked at `guard_since`, so it was there by then."""
     deposed_at = max(guard_since, begun) + GUARD_S
-    assert not vouched(begun, deposed_at + took)
+    assert not vouched(begun, deposed_at + took, deposed_at + took)
+
+
+def test_a_lease_that_may_have_ended_vouches_for_nothing_however_fresh_the_beat() -> None:
+    assert vouched(10.0, 10.0, 10.5)
+    assert not vouched(10.0, 10.0 - LEASE_SURE_S, 10.0)
 
 
 def test_a_leader_steps_down_before_its_lease_ends() -> None:
     assert not must_step_down(10.0, 10.0 + STEP_DOWN_S - 0.01)
     assert must_step_down(10.0, 10.0 + STEP_DOWN_S)
-    assert vouched(10.0, 10.0)
