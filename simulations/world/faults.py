@@ -64,6 +64,9 @@ _DETAILS: Final[Mapping[str, Kind]] = MappingProxyType(
                                (0, 3), "partition"),
         "one_way": Kind("nothing passes from the first to the second", "pair", (2, 40), mark="partition"),
         "link_cut": Kind("one link only is cut", "pair", (2, 40), mark="partition"),
+        "leader_link_cut": Kind(
+            "the link of whoever leads then to one other voter", "leader", (2, 40), mark="partition"
+        ),
         "link_flapping": Kind("one link is cut on and off", "pair", (5, 40), mark="partition"),
         "connections_reset": Kind("every connection of the two breaks", "pair"),
         "loss": Kind("strength: the share of packets lost everywhere", "none", (5, 40), (0.02, 0.3)),
@@ -277,6 +280,11 @@ class Injector:
 
     async def _link_cut(self, fault: Fault, targets: tuple[str, ...]) -> None:
         self._network.cut(*_pair(targets), for_s=fault.for_s)
+
+    async def _leader_link_cut(self, fault: Fault, targets: tuple[str, ...]) -> None:
+        others = [name for name, host in self._hosts.items() if host.voter and name != targets[0]]
+        if others:
+            self._network.cut(targets[0], self._rng.choice(others), for_s=fault.for_s)
 
     async def _link_flapping(self, fault: Fault, targets: tuple[str, ...]) -> None:
         self._network.cut(*_pair(targets), for_s=fault.for_s, flapping=True)

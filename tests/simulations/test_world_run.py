@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,9 @@ from simulations.world.run import run
 
 ROOT = Path(__file__).resolve().parents[2]
 PRINT_HASHES = """
+import logging
+import structlog
+structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
 from simulations.world.draw import draw
 from simulations.world.run import run
 for seed in (1, 2):
@@ -57,11 +61,10 @@ SimEntropy.uniform = lambda self, low, high: random.SystemRandom().uniform(low, 
     assert hashes("1", leak + PRINT_HASHES) != hashes("1", leak + PRINT_HASHES)
 
 
-def test_a_set_that_a_peer_iterates_is_noticed() -> None:
+def test_a_peer_that_acts_on_hashes_is_noticed() -> None:
     leak = """
-from peer.follower import Follower
-order = Follower._order
-Follower._order = lambda self: list(set(order(self)))
+from simulations.world.clocks import SimEntropy
+SimEntropy.uniform = lambda self, low, high: low + (high - low) * (hash("jitter") % 1000) / 1000
 """
     assert len({hashes(str(seed), leak + PRINT_HASHES) for seed in range(1, 4)}) > 1
 
@@ -78,6 +81,20 @@ def test_a_cluster_of_many_hosts_holds() -> None:
     assert outcome.held, outcome.failure
 
 
+STRENGTHS = {
+    "clock_drift": 0.005,
+    "delay": 50.0,
+    "store_slow": 50.0,
+    "engine_slow": 5.0,
+    "device_overheats": 110.0,
+}
+
+
+@cache
+def hash_of(scenario: Scenario) -> str:
+    return run(scenario).trace_hash
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_fault_does_something_alone(kind: str) -> None:
     targets = {"h5"} if kind == "join" else {"h1"}
@@ -89,16 +106,12 @@ def test_every_fault_does_something_alone(kind: str) -> None:
     calm = replace(draw(3, hosts=5, fault_s=25.0), faults=(), voters=3)
     with_it = replace(
         calm,
-        faults=(
-            Fault(
-                at_s=8.0, kind=kind, targets=one, for_s=6.0, strength=0.9 if "clock" not in kind else 0.005
-            ),
-        ),
+        faults=(Fault(at_s=8.0, kind=kind, targets=one, for_s=6.0, strength=STRENGTHS.get(kind, 0.5)),),
     )
     outcome = run(with_it)
     assert outcome.held, outcome.failure
     assert outcome.faults[kind] == 1
-    assert outcome.trace_hash != run(calm).trace_hash
+    assert outcome.trace_hash != hash_of(calm)
 
 
 def test_a_fault_that_does_not_exist_is_the_simulators() -> None:
@@ -106,7 +119,9 @@ def test_a_fault_that_does_not_exist_is_the_simulators() -> None:
         run(Scenario(seed=1, hosts=3, fault_s=5.0, faults=(Fault(at_s=1.0, kind="locusts"),)))
 
 
-@pytest.mark.parametrize("bug", ["no_silence_guard", "time_outs_taken_for_done", "event_number_skipped"])
+@pytest.mark.parametrize(
+    "bug", ["no_silence_guard", "time_outs_taken_for_done", "event_number_skipped"]
+)
 def test_known_bugs_are_found(bug: str) -> None:
     for seed in range(20):
         if run(draw(seed, fault_s=60.0), bug=bug).failure is not None:
