@@ -1,31 +1,27 @@
-"""python -m simulations.bugs.table: hunt every bug of the policy level and write the table into docs/simulations.md."""
+"""python -m simulations.bugs.table LEVEL: hunt each known bug of a level, write the table into docs/simulations.md."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Final
 
 from simulations.bugs.bank import BUGS
-from simulations.bugs.hunt import SEEDS_MAX, Found, hunt
-from simulations.policy.driver import Shape
+from simulations.bugs.hunt import SEEDS_MAX
+from simulations.campaign import Hunt, Hunted, Level, cores, each_in_order, hunt, known_bugs
 
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "simulations.md"
-BEGIN, END = "<!-- policy-bugs -->", "<!-- /policy-bugs -->"
-
-
-def find(bug: str) -> Found:
-    return hunt(bug, Shape())
+DOCS: Final = Path(__file__).resolve().parents[2] / "docs" / "simulations.md"
+# How large the runs are: hosts (None: as the seed draws) and seconds of faults.
+SHAPES: Final[dict[Level, tuple[int | None, float]]] = {"policy": (4, 240.0), "world": (None, 90.0)}
 
 
-def table(found: Sequence[Found]) -> str:
-    shape = Shape()
+def table(level: Level, found: Sequence[Hunted]) -> str:
+    hosts, fault_s = SHAPES[level]
+    size = f"{hosts} hosts" if hosts else "3 to 7 hosts"
     lines = [
-        f"Policy level, {shape.hosts} hosts, {shape.fault_s:g} s of faults, at most {SEEDS_MAX} seeds each; written by "
-        "`python -m simulations.bugs.table`:",
+        f"{level.capitalize()} level, {size}, {fault_s:g} s of faults, at most {SEEDS_MAX} seeds each; written by "
+        f"`python -m simulations.bugs.table {level}`:",
         "",
         "| bug | seeds | found by |",
         "|---|---|---|",
@@ -36,20 +32,27 @@ def table(found: Sequence[Found]) -> str:
     return "\n".join(lines)
 
 
-def write(found: Sequence[Found], path: Path = DOCS) -> None:
-    """Replace what is between the markers."""
-    before, _, rest = path.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    path.write_text(f"{before}{BEGIN}\n{table(found)}\n{END}{after}")
+def write(level: Level, text: str, path: Path = DOCS) -> None:
+    """Replace what is between this level's markers."""
+    begin, end = f"<!-- {level}-bugs -->", f"<!-- /{level}-bugs -->"
+    before, _, rest = path.read_text().partition(begin)
+    _, _, after = rest.partition(end)
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
-def main() -> int:
-    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as processes:
-        found = list(processes.map(find, BUGS))
-    print(table(found))
-    write(found)
+def main(arguments: Sequence[str]) -> int:
+    if list(arguments) not in (["policy"], ["world"]):
+        print(__doc__)
+        return 2
+    level: Level = "world" if arguments[0] == "world" else "policy"
+    names = list(BUGS) if level == "policy" else known_bugs(level)
+    hunts = [Hunt(level, name, *SHAPES[level], seeds_max=SEEDS_MAX) for name in names]
+    found = list(each_in_order(hunt, hunts, cores()))
+    text = table(level, found)
+    print(text)
+    write(level, text)
     return int(any(each.seed is None for each in found))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
