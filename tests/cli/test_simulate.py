@@ -248,7 +248,9 @@ def failing(seed: int) -> Outcome:
 def test_interrupted_it_leaves_no_process_and_no_traceback(tmp_path: Path) -> None:
     script = tmp_path / "series.py"
     script.write_text(
-        "import sys, time\n"
+        "import signal, sys, time\n"
+        # Whoever starts tests in the background lets them inherit that SIGINT is ignored.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from simulations import campaign\n"
         "from tests.cli import test_simulate\n"
         "from peer.cli import main\n"
