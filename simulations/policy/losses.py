@@ -135,18 +135,14 @@ class Losses:
         silence = {
             p: now - max(heard.get(p, least), least) for p, workers in snapshot.peers.items() if workers
         }
+        # A leader that slept gives those without a session their time anew, from when it woke.
+        unlinked = {p: now - max(self._unlinked.get(p, now), least) for p in silence}
         suspects = [
-            p
-            for p, silence_s in silence.items()
-            if silence_s > WORKER_SILENT_S or now - self._unlinked.get(p, now) > RELINK_S
+            p for p, silence_s in silence.items() if silence_s > WORKER_SILENT_S or unlinked[p] > RELINK_S
         ]
         if not suspects:
             return
-        over = [
-            p
-            for p in suspects
-            if silence[p] > WORKER_SILENT_S + late or now - self._unlinked.get(p, now) > RELINK_S + late
-        ]
+        over = [p for p in suspects if silence[p] > WORKER_SILENT_S + late or unlinked[p] > RELINK_S + late]
         spare = self._allowed(snapshot) - len({*suspects, *self._unconfirmed(now)})
         for peer_id in over:
             is_lost = peer_id in snapshot.lost
