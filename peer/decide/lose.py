@@ -6,8 +6,6 @@ as soon as one of its workers reports.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from peer.decide.decision import Decision
 from peer.limits import LOSS_CONFIRM_S, LOSS_WINDOW_S, RELINK_S, STARVED_S, WORKER_SILENT_S
 from peer.state.snapshot import Linked, Lose, Silent, Snapshot, Ticked
@@ -44,10 +42,11 @@ def lose(snapshot: Snapshot, now: float) -> Decision:
     evidence = _evidence(snapshot, now)
     if not evidence:
         return decision
-    budget = _budget(snapshot, now, evidence)
+    counted = _unconfirmed(snapshot, now)
+    budget = _allowed(snapshot) - len(counted)
     for peer_id, because in evidence.items():
         confirmed = _confirmed(snapshot, now, peer_id)
-        if not confirmed:
+        if not confirmed and peer_id not in counted:  # peers are counted, not losses
             if budget <= 0:
                 decision.reasons.append(f"{peer_id} is not declared lost yet: too many at once ({because})")
                 continue
@@ -85,15 +84,16 @@ def _rumoured(snapshot: Snapshot, peer_id: str, since: float) -> bool:
     return rumour is not None and rumour.status in ("failed", "left") and rumour.at > since
 
 
-def _budget(snapshot: Snapshot, now: float, suspects: Mapping[str, str]) -> int:
-    """How many peers may be lost without confirmation; one at least within every window.
-
-    Peers are counted, not losses: a suspect that was lost before in this window takes its own place.
-    """
-    known = sum(bool(workers) for workers in snapshot.peers.values())
-    allowed = max(1, int(snapshot.policy.lost_share_max * known))
-    return allowed - sum(
-        now - loss.at < LOSS_WINDOW_S and not loss.confirmed and not _rumoured(snapshot, peer_id, loss.at)
+def _unconfirmed(snapshot: Snapshot, now: float) -> frozenset[str]:
+    """Peers that were lost without confirmation within the window, also those that are back."""
+    return frozenset(
+        peer_id
         for peer_id, loss in snapshot.losses.items()
-        if peer_id not in suspects
+        if now - loss.at < LOSS_WINDOW_S and not loss.confirmed and not _rumoured(snapshot, peer_id, loss.at)
     )
+
+
+def _allowed(snapshot: Snapshot) -> int:
+    """How many peers may be lost without confirmation within the window; one at least."""
+    known = sum(bool(workers) for workers in snapshot.peers.values())
+    return max(1, int(snapshot.policy.lost_share_max * known))

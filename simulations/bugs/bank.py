@@ -278,7 +278,7 @@ def _ignores_the_share(decisions: Decisions) -> None:
     """Whoever the evidence is against is lost, however many."""
 
     def wrong(snapshot: Snapshot, now: float) -> Decision:
-        with _replaced(lose, "_budget", lambda snapshot, now: 1_000):
+        with _replaced(lose, "_allowed", lambda snapshot: 1_000):
             return lose.lose(snapshot, now)
 
     decisions.lose = wrong

@@ -222,6 +222,19 @@ def test_the_window_passes() -> None:
     assert wait(world, 1.0) == ["p1"]
 
 
+def test_a_peer_that_is_lost_twice_counts_once() -> None:
+    world = cluster(4)
+    link(world, "p3", False)
+    assert wait(world, 1.5) == ["p3"]
+    hear(world, 0, 1, 2, 3)
+    link(world, "p3", True)
+    tick(world)
+    assert not world.s.lost
+    link(world, "p0", False)
+    link(world, "p3", False)
+    assert wait(world, 1.5) == ["p3"]  # and takes nobody else's place
+
+
 def test_one_peer_may_always_be_lost() -> None:
     world = cluster(2, share=0.0)
     link(world, "p0", False)
