@@ -30,7 +30,6 @@ test:
 	$(BIN)/coverage run -m pytest $(PURE)
 	$(BIN)/coverage report
 	$(BIN)/python -m pytest $(PURE:%=--ignore=%)
-	@$(MAKE) --no-print-directory simulate-ready
 
 simulate:
 	@.ci/setup test
