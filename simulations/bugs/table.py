@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from simulations.bugs.bank import BUGS
-from simulations.bugs.hunt import SEEDS_MAX
-from simulations.campaign import Hunt, Hunted, Level, cores, each_in_order, hunt, known_bugs
+from simulations.campaign import HUNT_SEEDS_MAX, Hunt, Hunted, Level, cores, each_in_order, hunt, known_bugs
 
 DOCS: Final = Path(__file__).resolve().parents[2] / "docs" / "simulations.md"
 # How large the runs are: hosts (None: as the seed draws) and seconds of faults.
@@ -20,7 +19,7 @@ def table(level: Level, found: Sequence[Hunted]) -> str:
     hosts, fault_s = SHAPES[level]
     size = f"{hosts} hosts" if hosts else "3 to 7 hosts"
     lines = [
-        f"{level.capitalize()} level, {size}, {fault_s:g} s of faults, at most {SEEDS_MAX} seeds each; written by "
+        f"{level.capitalize()} level, {size}, {fault_s:g} s of faults, at most {HUNT_SEEDS_MAX} seeds each; written by "
         f"`python -m simulations.bugs.table {level}`:",
         "",
         "| bug | seeds | found by |",
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     level: Level = "world" if arguments[0] == "world" else "policy"
     names = list(BUGS) if level == "policy" else known_bugs(level)
-    hunts = [Hunt(level, name, *SHAPES[level], seeds_max=SEEDS_MAX) for name in names]
+    hunts = [Hunt(level, name, *SHAPES[level]) for name in names]
     found = list(each_in_order(hunt, hunts, cores()))
     text = table(level, found)
     print(text)

@@ -60,6 +60,9 @@ class Durable:
         for write in writes:
             if write.key == LEADER_KEY and isinstance(write, Put):
                 self._elected(revision)
+        dropped = [
+            self.keys[write.key] for write in writes if isinstance(write, Delete) and write.key in self.keys
+        ]
         for write in writes:
             kind = write.key.partition("/")[0]
             value = write.value if isinstance(write, Put) else None
@@ -72,6 +75,9 @@ class Durable:
                     self._key(write.key, value)
                 case "event":
                     self._event(write.key, value)
+        for key in dropped:
+            if key.task_id in self.tasks:
+                self._violated("idempotency_keys_hold", f"the key of {key.task_id} went before its task")
 
     def acknowledged(self, task_id: str) -> None:
         """A client was told that this task was accepted."""
@@ -188,9 +194,6 @@ class Durable:
         self.checks["idempotency_keys_hold"] += 1
         known = self.keys.get(key)
         if value is None:
-            if known is not None and known.task_id in self.tasks:
-                # It goes in the same transaction as its task, whichever write comes first.
-                self.sometimes["idempotency_forgotten"] += 1
             self.keys.pop(key, None)
             return
         record = decode(Idempotency, value)

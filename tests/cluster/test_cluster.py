@@ -162,6 +162,20 @@ def test_a_link_that_breaks_does_not_depose_a_leader_that_can_write() -> None:
     in_a_cluster(script)
 
 
+def test_a_voter_finds_the_leader_in_the_store_when_gossip_knows_nobody() -> None:
+    async def script(fleet: Fleet) -> None:
+        other = fleet.hosts[follower_of(fleet)]
+        before = other.peer
+        other.kill()
+        other.start()
+        await until(lambda: other.peer is not before and other.peer is not None)
+        fleet.gossip.agent_dies(other.peer_id)
+        await until(lambda: other.peer.follower.leader == fleet.leaders()[0], 10.0)
+        assert set(other.peer.membership.members) <= {other.peer_id}
+
+    in_a_cluster(script)
+
+
 def test_keys_reach_every_peer_and_so_do_revocations() -> None:
     async def script(fleet: Fleet) -> None:
         cluster = fleet.hosts[follower_of(fleet)].peer.cluster

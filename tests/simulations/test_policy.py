@@ -13,7 +13,7 @@ import pytest
 
 from peer.decide.decision import Decision
 from simulations.bugs.bank import BUGS
-from simulations.bugs.hunt import hunt
+from simulations.campaign import Hunt, hunt
 from simulations.errors import SimulatorError
 from simulations.policy.driver import Shape, run
 from simulations.policy.engines import SimWorker
@@ -60,7 +60,7 @@ def test_the_trace_is_the_same_in_other_processes() -> None:
 
 @pytest.mark.parametrize("bug", QUICK_BUGS)
 def test_a_known_bug_is_found(bug: str) -> None:
-    found = hunt(bug, SMALL, seeds_max=20)
+    found = hunt(Hunt("policy", bug, SMALL.hosts, SMALL.fault_s, seeds_max=20))
     assert found.seed is not None
     assert found.seeds <= 20
 
