@@ -23,7 +23,7 @@ from peer.leader import Leader
 from peer.link import wire
 from peer.link.session import Session, receive
 from peer.membership import Membership
-from peer.ports import Clock, Connection, Entropy, Gossip, Network, ReportSink, Store
+from peer.ports import Clock, Connection, Entropy, Gossip, Network, ReportSink, Store, Voting
 from peer.routing import RoutedCluster
 from peer.state.member import Member
 from peer.state.model import Model
@@ -51,9 +51,10 @@ class Identity:
 
 
 class ClusterPeer:
-    """`store` is None on peers that are no voters. `executor` is built with a sink that hands over to `report`.
+    """`executor` is built with a sink that hands over to `report`. `cluster` serves clients as soon as `run` runs.
 
-    `cluster` serves clients as soon as `run` runs.
+    Where the store is run for this cluster, `voting` is this host's part in it: whether this peer is a voter may change.
+    Else `store` is the whole life's, None on peers that are no voters.
     """
 
     def __init__(
@@ -66,9 +67,11 @@ class ClusterPeer:
         network: Network,
         clock: Clock,
         entropy: Entropy,
+        voting: Voting | None = None,
     ) -> None:
         self._identity = identity
-        self._store = store
+        self._store: Store | None = None
+        self._voting = voting
         self._network = network
         self._clock = clock
         self._entropy = entropy
@@ -84,19 +87,12 @@ class ClusterPeer:
             suspect=self._suspect,
             trust=self._trust,
             wire_versions=identity.wire_versions,
+            voting=voting,
         )
         self.election: Election | None = None
-        if store is not None:
-            self.election = Election(
-                identity.peer_id,
-                identity.link,
-                store,
-                clock,
-                entropy,
-                lead=self._lead,
-                seen=self._seen_leader,
-            )
-        self._scope: trio.CancelScope | None = None
+        self._nursery: trio.Nursery | None = None
+        self._candidacy: _Candidacy | None = None
+        self._stopping = False
         self._executed = trio.Event()
         self._holder, self._holder_address = "", ""  # of the leader key, when this voter last looked
         self._followers: Followers | None = None
@@ -104,31 +100,76 @@ class ClusterPeer:
         self.journal: Journal | None = None
         self._began_leading = trio.Event()
         self.cluster = RoutedCluster(self, self.follower, self.executor, identity.catalogue)
+        if store is not None:
+            self.begin_voting(store)
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until `stop` or cancelled. Raises StoreBroken when this voter's store or this host's disk is."""
         async with trio.open_nursery() as nursery:
-            self._scope = nursery.cancel_scope
+            self._nursery = nursery
             self._announce(epoch=0)
             nursery.start_soon(self._execute)
             nursery.start_soon(self.membership.run)
             await nursery.start(self._network.listen, self._accept)
             nursery.start_soon(self.follower.run, self._may_follow)
-            if self.election is not None:
-                nursery.start_soon(self.election.run)
+            if self._candidacy is not None:
+                nursery.start_soon(self._stand, self._candidacy)
+            if self._voting is not None:
+                nursery.start_soon(self._voting.run, self.begin_voting, self.end_voting)
             task_status.started()
 
     async def stop(self, drain_s: float = limits.DRAIN_S_MAX) -> bool:
         """Hand the leadership over, let runs end, then end `run`. False if some run was cut off at the limit."""
+        self._stopping = True
         if self.election is not None:
             self.election.resign()
         done = await self.executor.drain(drain_s)
         self.executor.stop()
         with trio.move_on_after(limits.ENGINE_STOP_S_MAX):
             await self._executed.wait()
-        if self._scope is not None:
-            self._scope.cancel()
+        if self._nursery is not None:
+            self._nursery.cancel_scope.cancel()
         return done
+
+    # ---------------------------------------------------------------- voting
+
+    def begin_voting(self, store: Store) -> None:
+        """Take part in elections by this store, until `end_voting`."""
+        if self._stopping:
+            return
+        identity = self._identity
+        self._store = store
+        self.election = Election(
+            identity.peer_id,
+            identity.link,
+            store,
+            self._clock,
+            self._entropy,
+            lead=self._lead,
+            seen=self._seen_leader,
+        )
+        self._candidacy = _Candidacy(self.election)
+        if self._nursery is not None:
+            self._announce(epoch=0)
+            self._nursery.start_soon(self._stand, self._candidacy)
+
+    async def end_voting(self) -> None:
+        """Take part no more; a leadership of this peer is over on return, and its store is not used any more."""
+        candidacy = self._candidacy
+        if candidacy is not None:
+            candidacy.scope.cancel()
+            await candidacy.over.wait()
+
+    async def _stand(self, candidacy: _Candidacy) -> None:
+        try:
+            with candidacy.scope:
+                await candidacy.election.run()
+        finally:
+            candidacy.over.set()
+            if candidacy.scope.cancel_called:
+                self._store, self.election, self._candidacy = None, None, None
+                self._holder, self._holder_address = "", ""
+                self._announce(epoch=0)
 
     async def _execute(self) -> None:
         await self.executor.run()
@@ -270,7 +311,7 @@ class ClusterPeer:
         elif followers is None or leader is None or journal is None:
             await self._refuse_to_lead(connection, hello.peer_id)
         else:
-            await followers.serve(Session(connection), version, leader, journal)
+            await followers.serve(Session(connection), hello, version, leader, journal)
 
     async def _refuse_to_lead(self, connection: Connection, caller: str) -> None:
         """Say who leads, if this peer knows and it is news to the caller."""
@@ -280,6 +321,15 @@ class ClusterPeer:
             address = self._holder_address or address
         known = leader if leader != caller else ""
         await _refuse(connection, "this peer does not lead", known, (known and address) or "")
+
+
+class _Candidacy:
+    """An election as a task."""
+
+    def __init__(self, election: Election) -> None:
+        self.election = election
+        self.scope = trio.CancelScope()
+        self.over = trio.Event()
 
 
 async def _refuse(connection: Connection, reason: str, leader: str = "", address: str = "") -> None:

@@ -15,8 +15,9 @@ from peer import limits
 from peer.errors import BitinglipError, Fenced, Overloaded, Unavailable
 from peer.link import wire
 from peer.link.session import Session, receive
-from peer.ports import Connection, Entropy, Network
+from peer.ports import Connection, Entropy, Network, Voting
 from peer.state.command import Request
+from peer.state.enrol import Revocation
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.model import Model
@@ -59,7 +60,8 @@ class _Forwarded:
 
 
 class Follower:
-    """`suspect(peer_id, why)` hears of a peer that cannot be reached, `trust(peer_id)` of one that answers."""
+    """`suspect(peer_id, why)` hears of a peer that cannot be reached, `trust(peer_id)` of one that answers, `revoke` of all
+    that are revoked."""
 
     def __init__(
         self,
@@ -71,15 +73,19 @@ class Follower:
         *,
         suspect: Callable[[str, str], None],
         trust: Callable[[str], None],
+        revoke: Callable[[tuple[Revocation, ...]], None],
         wire_versions: tuple[int, int] = (wire.WIRE, wire.WIRE_MIN),
+        voting: Voting | None = None,
     ) -> None:
         self._peer_id = peer_id
+        self._voting = voting
         self._network = network
         self._executor = executor
         self._directory = directory
         self._entropy = entropy
         self._suspect = suspect
         self._trust = trust
+        self._revoke = revoke
         self._wire = wire_versions
         self._session: Session | None = None
         self._changed = trio.Event()
@@ -223,7 +229,14 @@ class Follower:
 
     async def _greet(self, connection: Connection) -> wire.Frame:
         newest, oldest = self._wire
-        hello = wire.Hello(peer_id=self._peer_id, wire=newest, wire_min=oldest, epoch=self._executor.epoch)
+        hello = wire.Hello(
+            peer_id=self._peer_id,
+            wire=newest,
+            wire_min=oldest,
+            epoch=self._executor.epoch,
+            store=self._voting.address if self._voting is not None else "",
+            seat=self._voting.seat if self._voting is not None else 0,
+        )
         await connection.send(wire.encode(hello))
         return wire.decode(await receive(connection))
 
@@ -273,6 +286,11 @@ class Follower:
             case wire.Shared():
                 self.keys = MappingProxyType({key.key_id: key for key in frame.keys})
                 self.catalogue = MappingProxyType({model.name: model for model in frame.catalogue})
+                self._revoke(frame.revoked)
+            case wire.Vote() if self._voting is not None:
+                self._voting.join(frame.seat)
+            case wire.Unvote() if self._voting is not None:
+                self._voting.leave(frame.reason)
             case wire.Bye():
                 session.end(f"{session.peer_id} said: {frame.reason}")
             case _:

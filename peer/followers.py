@@ -12,13 +12,16 @@ import structlog
 import trio
 
 from peer import limits
-from peer.errors import BitinglipError, Overloaded, Unavailable
+from peer.errors import BitinglipError, Overloaded, Unauthorized, Unavailable
 from peer.journal import Journal
 from peer.leader import Leader
 from peer.link import wire
 from peer.link.session import Session
 from peer.ports import Link
+from peer.state.command import Request
+from peer.state.enrol import GetAuthority, Renew
 from peer.state.order import Order
+from peer.state.voter import LinkedPeer
 
 log = structlog.get_logger("followers")
 
@@ -34,6 +37,8 @@ class Followers:
         self._local = local
         self._evidence = evidence
         self._sessions: dict[str, Session] = {}
+        self.linked: dict[str, LinkedPeer] = {}
+        """The peers with a session, with what they have said of their members of the store."""
 
     # ---------------------------------------------------------------- what the leader uses
 
@@ -48,9 +53,15 @@ class Followers:
         session.post(wire.Ordered(order=order))
 
     def share(self, shared: wire.Shared) -> None:
-        """Every follower gets the keys and the catalogue as they are now."""
+        """Every follower gets the keys, the catalogue and who is revoked, as they are now."""
         for session in list(self._sessions.values()):
             _post(session, shared)
+
+    def tell(self, peer_id: str, frame: wire.Frame) -> None:
+        """Say it if there is a session."""
+        session = self._sessions.get(peer_id)
+        if session is not None:
+            _post(session, frame)
 
     def farewell(self, reason: str) -> None:
         """This peer leads no more: followers look for another leader at once."""
@@ -63,7 +74,9 @@ class Followers:
 
     # ---------------------------------------------------------------- sessions
 
-    async def serve(self, session: Session, version: int, leader: Leader, journal: Journal) -> None:
+    async def serve(
+        self, session: Session, hello: wire.Hello, version: int, leader: Leader, journal: Journal
+    ) -> None:
         """One follower's session, to its end. A newer session of the same peer ends an older one."""
         before = self._sessions.get(session.peer_id)
         if before is not None:
@@ -72,6 +85,9 @@ class Followers:
             session.post(wire.Welcome(peer_id=self._peer_id, epoch=self._epoch, wire=version))
             session.post(shared_of(leader))
             self._sessions[session.peer_id] = session
+            self.linked[session.peer_id] = LinkedPeer(
+                peer_id=session.peer_id, address=hello.store, seat=hello.seat
+            )
             self._evidence(session.peer_id, True)
             log.info("follower_joined", peer_id=session.peer_id, wire=version)
             try:
@@ -81,13 +97,21 @@ class Followers:
                 session.end(error.message)
             finally:
                 if self._sessions.get(session.peer_id) is session:
-                    del self._sessions[session.peer_id]
+                    del self._sessions[session.peer_id], self.linked[session.peer_id]
                     self._evidence(session.peer_id, False)
                 log.info("follower_gone", peer_id=session.peer_id)
 
 
 def shared_of(leader: Leader) -> wire.Shared:
-    return wire.Shared(keys=leader.keys(), catalogue=tuple(leader.models().values()))
+    return wire.Shared(
+        keys=leader.keys(), catalogue=tuple(leader.models().values()), revoked=leader.revoked()
+    )
+
+
+def _check_own(request: Request, proven: str) -> None:
+    """Raises Unauthorized for what a peer may ask for itself only, and asks for another."""
+    if isinstance(request, Renew | GetAuthority) and request.peer_id != proven:
+        raise Unauthorized(f"{proven} asks in the name of {request.peer_id}", code="not_this_peer")
 
 
 def _post(session: Session, frame: wire.Frame) -> None:
@@ -156,6 +180,7 @@ class _Served:
             del self._calls[call_id]
 
     async def _call(self, call: wire.Call) -> wire.Answer:
+        _check_own(call.request, self._session.peer_id)
         value = await self._leader.call(call.request)
         return wire.Answer(call_id=call.call_id, value=wire.encode(value))
 

@@ -6,7 +6,7 @@ Adapters under `peer.adapters` implement these; simulations put their own behind
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Literal, Protocol
 
@@ -14,11 +14,13 @@ import msgspec
 from trio import TASK_STATUS_IGNORED, TaskStatus
 
 from peer.state.command import Request, StreamItem
+from peer.state.enrol import Enrolled, Grant, Host
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.member import Member
 from peer.state.model import Model
 from peer.state.order import Order, Report
+from peer.state.voter import Seat, StoreMember
 
 # ------------------------------------------------------------------------------------------------ store
 
@@ -138,6 +140,55 @@ class Store(Protocol):
     async def aclose(self) -> None: ...
 
 
+# ------------------------------------------------------------------------------------------------ voters
+
+
+class StoreMembers(Protocol):
+    """The store's membership, one change at a time: on a voter. etcd's semantics.
+
+    All raise Unavailable (also for some seconds after a change, and while a voter does not answer) and Ambiguous; the
+    changes Conflict where the store will not have them now, and NotFound.
+    """
+
+    async def members(self) -> tuple[StoreMember, ...]:
+        """As this host's member knows them; in order of their ids."""
+
+    async def add_learner(self, address: str) -> StoreMember:
+        """A new member without a vote, which its host has yet to start."""
+
+    async def promote(self, member_id: int) -> None:
+        """Make a learner a voter. Raises Conflict while it has not caught up."""
+
+    async def remove(self, member_id: int) -> None:
+        """Its data is of no use any more, also to a new member on that host."""
+
+
+class Voting(Protocol):
+    """A host's own member of the store, which comes and goes as the leader says."""
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT where other members reach this host's; "" if it may not have one."""
+
+    @property
+    def seat(self) -> int:
+        """The id of the member that this host runs or is about to; 0 for none, or if it is not known yet."""
+
+    @property
+    def members(self) -> StoreMembers | None:
+        """While this host has a member; None also where others manage the store."""
+
+    def join(self, seat: Seat) -> None:
+        """Run this member from now on, with an empty data folder; does not wait. The seat it has already is ignored."""
+
+    def leave(self, reason: str) -> None:
+        """Run none any more and put the data aside; does not wait."""
+
+    async def run(self, begin: Callable[[Store], None], end: Callable[[], Awaitable[None]]) -> None:
+        """Until cancelled: run the member that this host has. `begin` hears of the store through it once its process
+        is started, `end` before that store is closed. Raises StoreBroken when it cannot be run at all."""
+
+
 # ------------------------------------------------------------------------------------------------ time, ids
 
 
@@ -203,6 +254,36 @@ class Network(Protocol):
         task_status: TaskStatus[None] = TASK_STATUS_IGNORED,
     ) -> None:
         """Until cancelled: run `accept` for every connection that comes in, and close it when that returns."""
+
+
+    def revoke(self, peer_ids: Collection[str], serials: Collection[str] = ()) -> None:
+        """All peers that are revoked, and all their certificates: what is open to them ends at once, and no connection
+        to or from them is made any more. Replaces what was said before."""
+
+
+class Authority(Protocol):
+    """The cluster's certificate authority (CA) on this host. Its private key is on voters only, once it was fetched.
+
+    Methods raise ConfigError and OSError where this host's files are not usable.
+    """
+
+    def cluster(self) -> str:
+        """The cluster's name, as its certificates have it."""
+
+    def ready(self) -> bool:
+        """Whether the CA's private key is here."""
+
+    def ca_sha256(self) -> str:
+        """The digest of the CA's public key, as join tokens carry it."""
+
+    def issue(self, csr_pem: str, grant: Grant, seeds: tuple[str, ...]) -> Enrolled:
+        """Sign what was granted, once that is durable. Raises Unavailable while `ready` is false, BadRequest."""
+
+    def host(self) -> Host:
+        """This host, as a record."""
+
+    def private_key(self) -> str:
+        """The CA with its private key, PEM. Raises Unavailable while `ready` is false."""
 
 
 class Link(Protocol):

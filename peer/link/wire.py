@@ -15,6 +15,7 @@ import msgspec
 from peer import errors
 from peer.errors import BitinglipError, Unavailable
 from peer.state import command as asks
+from peer.state import enrol
 from peer.state.base import Record
 from peer.state.command import Request
 from peer.state.event import Event
@@ -23,6 +24,7 @@ from peer.state.metric import Metrics
 from peer.state.model import Model
 from peer.state.order import Order, Report
 from peer.state.plan import Plan
+from peer.state.voter import Seat
 
 WIRE: Final = 1  # the newest version that this code speaks
 WIRE_MIN: Final = 1  # the oldest
@@ -35,6 +37,8 @@ class Hello(Record, frozen=True, tag="hello"):
     wire: int
     wire_min: int
     epoch: int
+    store: str = ""  # HOST:PORT where other members of the store reach this host's; "": it may not have one
+    seat: int = 0  # the member of the store that this host runs
 
 
 class Welcome(Record, frozen=True, tag="welcome"):
@@ -107,10 +111,23 @@ class Superseded(Record, frozen=True, tag="superseded"):
 
 
 class Shared(Record, frozen=True, tag="shared"):
-    """What every peer keeps a copy of: the keys and the catalogue in force. Sent whole when either changes."""
+    """What every peer keeps a copy of: the keys and the catalogue in force, who is revoked. Sent whole on changes."""
 
     keys: tuple[ApiKey, ...]
     catalogue: tuple[Model, ...]
+    revoked: tuple[enrol.Revocation, ...] = ()
+
+
+class Vote(Record, frozen=True, tag="vote"):
+    """The receiver is to run this member of the store. Said again until the member has started."""
+
+    seat: Seat
+
+
+class Unvote(Record, frozen=True, tag="unvote"):
+    """The receiver's member has been removed from the store."""
+
+    reason: str
 
 
 class Subscribe(Record, frozen=True, tag="subscribe"):
@@ -145,6 +162,8 @@ Frame = (
     | Reported
     | Superseded
     | Shared
+    | Vote
+    | Unvote
     | Subscribe
     | Subscribed
     | Events
@@ -164,6 +183,12 @@ _ANSWERS: Mapping[type[Any], Any] = MappingProxyType(
         asks.Rebalance: Plan,
         asks.CreateKey: ApiKey,
         asks.RevokeKey: ApiKey,
+        enrol.CreateJoinToken: enrol.NewJoinToken,
+        enrol.Enrol: enrol.Enrolled,
+        enrol.Renew: enrol.Enrolled,
+        enrol.RevokeHost: enrol.Revocation,
+        enrol.GetAuthority: enrol.AuthorityKey,
+        enrol.ListHosts: tuple[enrol.HostView, ...],
         asks.GetTask: asks.TaskView,
         asks.ListTasks: asks.TaskPage,
         asks.ListWorkers: tuple[asks.WorkerView, ...],
