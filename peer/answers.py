@@ -13,7 +13,9 @@ import trio
 from peer.decide import admit, meter, view
 from peer.errors import NotFound, Unavailable
 from peer.ports import Clock, Store
+from peer.registrar import Registrar
 from peer.state import command as asks
+from peer.state.enrol import GetAuthority, ListHosts
 from peer.state.plan import Plan
 from peer.state.record import decode, list_prefix, prefix_end
 from peer.state.snapshot import Snapshot
@@ -60,12 +62,14 @@ class Answers:
         store: Store,
         clock: Clock,
         streams: StreamHub,
+        registrar: Registrar,
         settled: Callable[[], AbstractAsyncContextManager[None]],
     ) -> None:
         self._snapshot = snapshot
         self._store = store
         self._clock = clock
         self._streams = streams
+        self._registrar = registrar
         self._settled = settled
         self._waiting: dict[str, trio.Event] = {}  # by task
         self._recent: OrderedDict[str, asks.TaskView] = OrderedDict()
@@ -121,6 +125,10 @@ class Answers:
                 return tuple(snapshot.keys.values())
             case asks.GetPlan():
                 return self._plan(query.rebalance_id)
+            case GetAuthority():
+                return self._registrar.key(query)
+            case ListHosts():
+                return self._registrar.hosts()
             case _:
                 raise TypeError(f"not a query: {type(query).__name__}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import structlog
@@ -23,8 +23,9 @@ from peer.leader import Leader
 from peer.link import wire
 from peer.link.session import Session, receive
 from peer.membership import Membership
-from peer.ports import Clock, Connection, Entropy, Gossip, Network, ReportSink, Store, Voting
+from peer.ports import Authority, Clock, Connection, Entropy, Gossip, Network, ReportSink, Store, Voting
 from peer.routing import RoutedCluster
+from peer.state.enrol import Revocation
 from peer.state.member import Member
 from peer.state.model import Model
 from peer.state.order import Order, Report
@@ -54,7 +55,7 @@ class ClusterPeer:
     """`executor` is built with a sink that hands over to `report`. `cluster` serves clients as soon as `run` runs.
 
     Where the store is run for this cluster, `voting` is this host's part in it: whether this peer is a voter may change.
-    Else `store` is the whole life's, None on peers that are no voters.
+    Else `store` is the whole life's, None on peers that are no voters. `authority` None: no host can join.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class ClusterPeer:
         clock: Clock,
         entropy: Entropy,
         voting: Voting | None = None,
+        authority: Authority | None = None,
     ) -> None:
         self._identity = identity
         self._store: Store | None = None
@@ -75,6 +77,7 @@ class ClusterPeer:
         self._network = network
         self._clock = clock
         self._entropy = entropy
+        self._authority = authority
         self._streams = StreamHub(clock)
         self.executor = executor(self, self._streams)
         self.membership = Membership(identity.peer_id, gossip, clock, self._rumour)
@@ -86,6 +89,7 @@ class ClusterPeer:
             entropy,
             suspect=self._suspect,
             trust=self._trust,
+            revoke=self._revoke,
             wire_versions=identity.wire_versions,
             voting=voting,
         )
@@ -119,17 +123,29 @@ class ClusterPeer:
             task_status.started()
 
     async def stop(self, drain_s: float = limits.DRAIN_S_MAX) -> bool:
-        """Hand the leadership over, let runs end, then end `run`. False if some run was cut off at the limit."""
-        self._stopping = True
-        if self.election is not None:
-            self.election.resign()
-        done = await self.executor.drain(drain_s)
-        self.executor.stop()
-        with trio.move_on_after(limits.ENGINE_STOP_S_MAX):
-            await self._executed.wait()
+        """`drain`, then end `run`."""
+        done = await self.drain(drain_s)
         if self._nursery is not None:
             self._nursery.cancel_scope.cancel()
         return done
+
+    async def drain(self, limit_s: float) -> bool:
+        """Hand the leadership over, let runs end, then end the engines; clients are served on. False if some run was cut
+        off at the limit."""
+        self._stopping = True
+        if self.election is not None:
+            self.election.resign()
+        done = await self.executor.drain(limit_s)
+        self.executor.stop()
+        with trio.move_on_after(limits.ENGINE_STOP_S_MAX):
+            await self._executed.wait()
+        return done
+
+    def configure(self, policy: Policy, catalogue: Mapping[str, Model]) -> None:
+        """Take a reloaded configuration: it is in force while this peer leads."""
+        self._identity = replace(self._identity, policy=policy, catalogue=catalogue)
+        if self.leader is not None:
+            self.leader.configure(policy, catalogue)
 
     # ---------------------------------------------------------------- voting
 
@@ -213,6 +229,11 @@ class ClusterPeer:
         if member.status != "alive" and member.peer_id != self.follower.leader:
             self._suspect(member.peer_id, f"gossip says {member.status}")
 
+    def _revoke(self, revoked: tuple[Revocation, ...]) -> None:
+        """These are all that are revoked: nothing goes to them or comes from them any more."""
+        serials = [serial for each in revoked for serial in each.serials]
+        self._network.revoke([each.peer_id for each in revoked], serials)
+
     def _linked(self, peer_id: str, up: bool) -> None:
         if self.leader is not None:
             self.leader.linked(peer_id, up)
@@ -256,9 +277,24 @@ class ClusterPeer:
                 raise Unavailable(f"the store was not read in {_LOADING_S_MAX:g} s")
             journal = Journal(store, last=snapshot.events_next - 1)
             leader = Leader(
-                snapshot, journal, store, followers, self._clock, self._entropy, self._streams, leadership
+                snapshot,
+                journal,
+                store,
+                followers,
+                self._clock,
+                self._entropy,
+                self._streams,
+                leadership,
+                self._authority,
+                self.membership.seeds,
             )
-            leader.on_shared = lambda: followers.share(shared_of(leader))
+
+            def share() -> None:
+                self._revoke(leader.revoked())
+                followers.share(shared_of(leader))
+
+            leader.on_shared = share
+            share()
             await self._serve(leader, journal, leadership.epoch)
         finally:
             followers.farewell("it leads no more")

@@ -8,6 +8,7 @@ from peer.decide import rewind
 from peer.errors import Ambiguous
 from peer.ports import LEADER_KEY, Clock, Delete, Put, Store
 from peer.state.base import Record
+from peer.state.enrol import Host, JoinToken, Revocation
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.metric import Bucket
@@ -27,6 +28,9 @@ _KINDS: Mapping[str, type[Record]] = {
     "key/": ApiKey,
     "plan/": Plan,
     "metric/": Bucket,
+    "join/": JoinToken,
+    "host/": Host,
+    "revoked/": Revocation,
 }
 
 

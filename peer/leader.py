@@ -21,13 +21,17 @@ from peer.answers import Alone, Answers, Voucher, not_leading
 from peer.decide import admit, keys, lose, meter, place, rebalance, record, recover, retain, schedule
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
+from peer.decide.quota import Quota
 from peer.errors import Ambiguous, BitinglipError, Unavailable
 from peer.journal import Journal
-from peer.ports import Clock, Delete, Entropy, Link, Put, Store, Write
+from peer.ports import Authority, Clock, Delete, Entropy, Link, Put, Store, Write
+from peer.registrar import Registrar
 from peer.state import command as asks
+from peer.state.enrol import Revocation
 from peer.state.key import ApiKey
 from peer.state.model import Model
 from peer.state.order import AttemptFinished, Order, Report, WorkerReported
+from peer.state.quota import Counted, Spend, Verdict
 from peer.state.record import decode, ended_at, idempotency_key, prefix_end, task_id
 from peer.state.snapshot import Linked, Policy, Rumoured, Snapshot, StoreWrites
 from peer.state.task import Idempotency, Task
@@ -85,7 +89,10 @@ class Leader:
         entropy: Entropy,
         streams: StreamHub,
         voucher: Voucher | None = None,
+        authority: Authority | None = None,
+        seeds: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
+        """`authority` None: this host is in no cluster. `seeds`: where a new host finds the others."""
         self._voucher = voucher or Alone()
         self._snapshot = snapshot
         self._journal = journal
@@ -96,13 +103,15 @@ class Leader:
         self._streams = streams
         self._inbox_send, self._inbox = trio.open_memory_channel[_Item](limits.COMMANDS_WAITING_MAX)
         self._committing = trio.Lock()
-        self._answers = Answers(snapshot, store, clock, streams, self._settled)
+        self._registrar = Registrar(snapshot, entropy, authority, seeds)
+        self._answers = Answers(snapshot, store, clock, streams, self._registrar, self._settled)
         self._late_evidence: dict[tuple[type, str], Linked | Rumoured] = {}
         self._deciding: list[_Pending] = []
         self._stopping = ""
         self._over = False  # memory may be ahead of the store, or another epoch may lead
         self._sampled_at = 0
-        self.on_shared: Callable[[], None] = lambda: None  # keys or catalogue are others than before
+        self.quota = Quota()
+        self.on_shared: Callable[[], None] = lambda: None  # keys, catalogue or who is revoked have changed
 
     # ---------------------------------------------------------------- what callers use
 
@@ -111,6 +120,9 @@ class Leader:
 
     def keys(self) -> tuple[ApiKey, ...]:
         return tuple(self._snapshot.keys.values())
+
+    def revoked(self) -> tuple[Revocation, ...]:
+        return self._registrar.revoked()
 
     def models(self) -> Mapping[str, Model]:
         return self._snapshot.catalogue
@@ -153,8 +165,14 @@ class Leader:
         except trio.BrokenResourceError:
             pass  # it leads no more
 
+    def spend(self, ask: Spend) -> Verdict | None:
+        """Count a request of a key; of this peer's clients without a detour."""
+        return self.quota.windows.check(ask.key_id, self._clock.now(), ask.per_hour, ask.per_minute)
+
     async def call(self, request: asks.Request) -> Any:
         """Commands are handed over to the leader's task: a caller that goes away does not undo them."""
+        if isinstance(request, Counted):
+            return self.quota.answer(request, self._clock.now())
         if isinstance(request, asks.Command):
             return await self._command(request)
         return await self._answers.query(request)
@@ -315,13 +333,25 @@ class Leader:
             self._streams.restart(task.task_id, task.attempt + 1, task.requeued_because)
         self._journal.publish(work.events)
         for pending in commands:
+            if isinstance(pending.command, asks.HostCommand) and pending.error is None:
+                self._answer_host(pending, pending.command)
             pending.done.set()
-        if any(isinstance(pending.command, asks.CreateKey | asks.RevokeKey) for pending in commands):
+        of_keys = asks.CreateKey | asks.RevokeKey
+        if self._registrar.news() or any(isinstance(pending.command, of_keys) for pending in commands):
             self.on_shared()
         for reason in work.reasons:
             log.debug("decided", reason=reason)
         for peer_id, order in work.orders:
             await self._order(peer_id, order)
+
+    def _answer_host(self, pending: _Pending, command: asks.HostCommand) -> None:
+        try:
+            pending.answer = self._registrar.answer(command, pending.answer)
+        except BitinglipError as error:
+            pending.error = error
+        except Exception:
+            log.exception("answer_failed", command=type(command).__name__)
+            pending.error = _internal()
 
     async def _order(self, peer_id: str, order: Order) -> None:
         try:
@@ -365,7 +395,7 @@ class Leader:
         except Exception:
             # Decisions change nothing before they return, so a bug in one costs this command and no more.
             log.exception("command_failed", command=type(pending.command).__name__)
-            pending.error = BitinglipError("an internal error; it has been logged")
+            pending.error = _internal()
         else:
             work.take(decision)
             pending.answer = decision.reply
@@ -393,6 +423,8 @@ class Leader:
                 return keys.create(snapshot, command)
             case asks.RevokeKey() as command:
                 return keys.revoke(snapshot, now, command)
+            case command:
+                return self._registrar.decide(command, now)
 
     def _submit(self, command: asks.SubmitTask, pending: _Pending, now: float) -> Decision:
         stored = pending.stored if isinstance(pending.stored, Idempotency) else None
@@ -424,6 +456,7 @@ class Leader:
         work.take(rebalance.advance(snapshot, now))
         work.take(recover.announce(snapshot, now))
         work.take(retain.forget_plans(snapshot))
+        work.take(self._registrar.tick(now))
         if int(now) != self._sampled_at:
             self._sampled_at = int(now)
             work.take(meter.sample_gauges(snapshot, now))
@@ -448,6 +481,10 @@ class Leader:
         for task in tasks:
             self._answers.forget(task.task_id)
         return len(names) == limits.RETENTION_BATCH
+
+
+def _internal() -> BitinglipError:
+    return BitinglipError("an internal error; it has been logged")
 
 
 def _store_silent(error: BitinglipError) -> Unavailable:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Final
 
 import structlog
 
@@ -12,6 +13,8 @@ from peer.decide import members
 from peer.errors import Unavailable
 from peer.ports import Clock, Gossip
 from peer.state.member import Member
+
+_SEEDS_MAX: Final = 8
 
 log = structlog.get_logger("membership")
 
@@ -51,6 +54,11 @@ class Membership:
             log.info("member_changed", peer_id=member.peer_id, status=member.status)
             self._rumour(member)
 
+    def seeds(self) -> tuple[str, ...]:
+        """Gossip's addresses of some members that are alive, for a new one."""
+        alive = [each for each in self.members.values() if each.status == "alive"]
+        return tuple(map(_address, alive[:_SEEDS_MAX]))
+
     # ---------------------------------------------------------------- peer.follower.Directory
 
     def candidates(self) -> tuple[str, ...]:
@@ -66,3 +74,8 @@ class Membership:
     def address(self, peer_id: str) -> str | None:
         member = self.members.get(peer_id)
         return (member.tags.get("link") or None) if member is not None else None
+
+
+def _address(member: Member) -> str:
+    host = f"[{member.address}]" if ":" in member.address else member.address
+    return f"{host}:{member.port}"

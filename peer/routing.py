@@ -26,6 +26,7 @@ from peer.state.command import (
     SubmitTask,
     TaskView,
 )
+from peer.state.enrol import Enrol, Renew, RevokeHost
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.model import Model
@@ -52,8 +53,12 @@ class RoutedCluster:
         self._follower = follower
         self._executor = executor
         self._catalogue = catalogue  # this peer's own, until a leader has told it of the cluster's
+        self.not_ready = ""
+        """Why requests are not to come here, "" if they are."""
 
     def ready(self) -> str:
+        if self.not_ready:
+            return self.not_ready
         if self._leading.leader is not None or self._follower.leader:
             return ""
         return "no leader is known to this peer at the moment"
@@ -156,7 +161,9 @@ class RoutedCluster:
 
 def _is_repeatable(request: Request) -> bool:
     """Whether doing it twice is as doing it once."""
-    return isinstance(request, Query) or (isinstance(request, SubmitTask) and request.idempotency_key != "")
+    if isinstance(request, SubmitTask):
+        return request.idempotency_key != ""
+    return isinstance(request, Query | Enrol | Renew | RevokeHost)
 
 
 async def _local_events(journal: Journal, since: int | None) -> AsyncGenerator[int | Event, None]:

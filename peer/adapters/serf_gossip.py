@@ -45,12 +45,14 @@ def _members(found: list[dict[str, Any]]) -> Iterator[Member]:
     """What is not understood is left out: it was sent by other hosts."""
     for each in found:
         status, address = each.get("Status"), _address(each.get("Addr"))
-        if status in _STATUSES and address:
+        port = each.get("Port")
+        if status in _STATUSES and address and isinstance(port, int):
             yield Member(
                 peer_id=mended(str(each.get("Name"))),
                 address=address,
                 status=cast(Literal["alive", "leaving", "left", "failed"], status),
                 tags={mended(str(k)): mended(str(v)) for k, v in (each.get("Tags") or {}).items()},
+                port=port,
             )
 
 

@@ -18,13 +18,14 @@ from peer.state.enrol import (
     GetAuthority,
     Grant,
     Host,
+    HostView,
     JoinToken,
     Registry,
     Renew,
     Revocation,
     RevokeHost,
 )
-from peer.state.snapshot import Drop, Save
+from peer.state.snapshot import Drop, Save, Snapshot
 
 _NO_DIGEST = "0" * 64  # no secret has it: an unknown token costs the same time as a wrong secret
 
@@ -130,6 +131,36 @@ def may_hold_authority(registry: Registry, query: GetAuthority) -> None:
     host = registry.hosts.get(query.peer_id)
     if host is None or not host.voter or query.peer_id in registry.revocations:
         raise Unauthorized(f"{query.peer_id} is no voter: it does not hold the CA's key", code="not_a_voter")
+
+
+def hosts(snapshot: Snapshot) -> tuple[HostView, ...]:
+    """Every host, by name, and those that are revoked."""
+    registry = snapshot.registry
+    found = [
+        HostView(
+            peer_id=host.peer_id,
+            status="online" if _is_online(snapshot, host.peer_id) else "offline",
+            host=host,
+        )
+        for host in registry.hosts.values()
+    ]
+    found += [
+        HostView(peer_id=revocation.peer_id, status="revoked", revocation=revocation)
+        for revocation in registry.revocations.values()
+    ]
+    return tuple(sorted(found, key=lambda view: view.peer_id))
+
+
+def _is_online(snapshot: Snapshot, peer_id: str) -> bool:
+    """As far as the leader knows: it may be a few seconds behind."""
+    if peer_id == snapshot.peer_id:
+        return True
+    if peer_id in snapshot.lost or peer_id in snapshot.unlinked:
+        return False
+    rumour = snapshot.rumours.get(peer_id)
+    if rumour is not None and rumour.status == "alive":
+        return True
+    return any(worker_id in snapshot.listened for worker_id in snapshot.peers.get(peer_id, ()))
 
 
 def tidy(registry: Registry, now: float) -> Decision:

@@ -56,6 +56,13 @@ def lose(snapshot: Snapshot, now: float) -> Decision:
     return decision
 
 
+def revoked(snapshot: Snapshot, now: float, peer_id: str) -> Decision:
+    """Its workers are lost at once; what it still says comes too late."""
+    if peer_id in snapshot.lost or not snapshot.peers.get(peer_id):
+        return Decision()
+    return Decision(changes=[Lose(peer_id, now, "it was revoked", confirmed=True)])
+
+
 def _evidence(snapshot: Snapshot, now: float) -> dict[str, str]:
     """By peer, why it seems to be lost; those that are lost already are left out."""
     found = {}

@@ -1,6 +1,7 @@
 """What the API asks of the cluster, and what it is answered. All of it can cross the link between peers.
 
-Commands change something and are answered once that is durable. Queries read. Errors are `peer.errors`.
+Commands change something and are answered once that is durable. Queries read. What is counted for the whole cluster is
+answered from memory (`peer.state.quota`). Errors are `peer.errors`.
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 from peer.state.base import Record
+from peer.state.enrol import CreateJoinToken, Enrol, GetAuthority, ListHosts, Renew, RevokeHost
 from peer.state.key import ApiKey
 from peer.state.metric import WorkerMetrics
 from peer.state.model import Assignment, Model, Replica
+from peer.state.quota import Counted
 from peer.state.task import Task, TaskInput, TaskResult
 from peer.state.worker import Worker, WorkerReport
 
@@ -81,8 +84,17 @@ class RevokeKey(Record, frozen=True, tag="revoke_key"):
     key_id: str
 
 
+HostCommand = CreateJoinToken | Enrol | Renew | RevokeHost  # peer.state.enrol
 Command = (
-    SubmitTask | CancelTask | AssignModel | UnloadModel | RestartWorker | Rebalance | CreateKey | RevokeKey
+    SubmitTask
+    | CancelTask
+    | AssignModel
+    | UnloadModel
+    | RestartWorker
+    | Rebalance
+    | CreateKey
+    | RevokeKey
+    | HostCommand
 )
 
 # ---------------------------------------------------------------- queries
@@ -153,8 +165,10 @@ Query = (
     | GetMetrics
     | ListKeys
     | GetPlan
+    | GetAuthority
+    | ListHosts
 )
-Request = Command | Query
+Request = Command | Query | Counted
 
 # ---------------------------------------------------------------- answers
 

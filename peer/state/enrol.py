@@ -81,7 +81,7 @@ class Revocation(Record, frozen=True):
 
 
 class CreateJoinToken(Record, frozen=True, tag="create_join_token"):
-    """-> JoinToken. The caller made id and secret; only the secret's hash is here. Overloaded."""
+    """-> NewJoinToken. The caller made id and secret; only the secret's hash is here. Overloaded."""
 
     token_id: str
     secret_sha256: str
@@ -91,7 +91,7 @@ class CreateJoinToken(Record, frozen=True, tag="create_join_token"):
 
 
 class Enrol(Record, frozen=True, tag="enrol"):
-    """-> Grant, of which whoever holds the CA's key makes an Enrolled. Unauthorized; Conflict on a name in use.
+    """-> Enrolled. Unauthorized; Conflict on a name in use; Unavailable while the leader has not got the CA's key.
 
     `csr` is a certificate request in PEM whose signature was verified, `key_sha256` the digest of the key in it.
     """
@@ -105,7 +105,7 @@ class Enrol(Record, frozen=True, tag="enrol"):
 
 
 class Renew(Record, frozen=True, tag="renew"):
-    """-> Grant, as above. `peer_id` is what the connection that it came by has proven."""
+    """-> Enrolled, as above. `peer_id` is what the connection that it came by has proven."""
 
     peer_id: str
     csr: str
@@ -126,8 +126,28 @@ class GetAuthority(Record, frozen=True, tag="get_authority"):
     peer_id: str
 
 
+class ListHosts(Record, frozen=True, tag="list_hosts"):
+    """-> tuple[HostView, ...], by name; revoked ones too."""
+
+
+class NewJoinToken(Record, frozen=True):
+    """`ca_sha256` is of the CA's public key: which CA the new host is to trust."""
+
+    token: JoinToken
+    ca_sha256: str
+
+
+class HostView(Record, frozen=True):
+    """`status` is online, offline or revoked. Of a revoked host no more is known than that."""
+
+    peer_id: str
+    status: str
+    host: Host | None = None
+    revocation: Revocation | None = None
+
+
 class Grant(Record, frozen=True):
-    """Permission to sign one certificate, exactly so."""
+    """Permission to sign one certificate, exactly so; whoever holds the CA's key makes an Enrolled of it."""
 
     cluster: str
     peer_id: str

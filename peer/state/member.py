@@ -15,3 +15,4 @@ class Member(Record, frozen=True):
     address: str  # of the host, without a port
     status: Literal["alive", "leaving", "left", "failed"]
     tags: Mapping[str, str] = {}
+    port: int = 7946  # of gossip

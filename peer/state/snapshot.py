@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from peer.state.base import Record
+from peer.state.enrol import Host, JoinToken, Registry, Revocation
 from peer.state.event import Event
 from peer.state.history import History
 from peer.state.index import Index
@@ -207,6 +208,7 @@ class Snapshot:
     wishes: dict[str, dict[str, Assignment]] = field(default_factory=dict)  # the same, by worker, by model
     profiles: dict[tuple[str, str], LoadProfile] = field(default_factory=dict)  # (device name, model)
     keys: dict[str, ApiKey] = field(default_factory=dict)
+    registry: Registry = field(default_factory=Registry)  # of hosts
     plans: dict[str, Plan] = field(default_factory=dict)
     under_way: dict[str, Plan] = field(default_factory=dict)  # plans that are not finished
     history: History = field(default_factory=History)
@@ -352,6 +354,8 @@ class Snapshot:
                 self.profiles[record.device_name, record.model_name] = record
             case ApiKey():
                 self.keys[record.key_id] = record
+            case JoinToken() | Host() | Revocation():
+                self.registry.save(record)
             case Plan():
                 self.plans[record.rebalance_id] = record
                 if record.status == "initiated":
@@ -428,6 +432,8 @@ class Snapshot:
                 self.index.touch(self, record.worker_id)
             case ApiKey():
                 self.keys.pop(record.key_id, None)
+            case JoinToken() | Host() | Revocation():
+                self.registry.drop(record)
             case Plan():
                 self.plans.pop(record.rebalance_id, None)
             case Bucket():

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from typing import NoReturn
 
 import trio
@@ -51,11 +51,13 @@ class SimPort:
         self.address = address
         self.connections: dict[SimConnection, None] = {}
         self.listener: _Listener | None = None
+        self.revoked: frozenset[str] = frozenset()
         incarnation.on_death(self._died)
 
     async def dial(self, peer_id: str, address: str) -> Connection:
         """See peer.ports.Network."""
         await trio.lowlevel.checkpoint()
+        self._check_not_revoked(peer_id)
         self._check()
         give_up_at = trio.current_time() + GIVE_UP_S
         await self._round_trip(peer_id, address, give_up_at)
@@ -81,6 +83,7 @@ class SimPort:
                 self.world.count("net: a handshake is not answered")
                 raise Unavailable(f"{peer_id} does not answer at {address}")
             await self._round_trip(peer_id, address, give_up_at)
+            self._check_not_revoked(peer_id)
             self._check()
             arrived = True
         finally:
@@ -105,12 +108,26 @@ class SimPort:
                 while True:
                     while listener.pending:
                         side = listener.pending.popleft()
-                        if not side.over:
+                        if side.peer_id in self.revoked:
+                            side.close()
+                        elif not side.over:
                             side.other.accepted.set()
                             nursery.start_soon(self._serve, accept, side)
                     await listener.lot.park()
         finally:
             self._stop_listening()
+
+    def revoke(self, peer_ids: Collection[str], serials: Collection[str] = ()) -> None:
+        """See peer.ports.Network; a simulated peer has no certificate besides its name."""
+        self.revoked = frozenset(peer_ids)
+        for side in list(self.connections):
+            if side.peer_id in self.revoked:
+                self.world.count("net: a revoked peer is cut off")
+                side.close()
+
+    def _check_not_revoked(self, peer_id: str) -> None:
+        if peer_id in self.revoked:
+            raise Unavailable(f"{peer_id} has been revoked")
 
     async def _serve(self, accept: Callable[[Connection], Awaitable[None]], side: SimConnection) -> None:
         try:
