@@ -321,11 +321,9 @@ def _address_name(address: str) -> x509.GeneralName:
 
 
 def _addresses_of(certificate: x509.Certificate) -> tuple[str, ...]:
+    """In their order."""
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    return (
-        *names.get_values_for_type(x509.DNSName),
-        *(str(address) for address in names.get_values_for_type(x509.IPAddress)),
-    )
+    return tuple(str(name.value) for name in names if isinstance(name, x509.DNSName | x509.IPAddress))
 
 
 def _key_usage(*, ca: bool) -> x509.KeyUsage:

@@ -39,7 +39,10 @@ class Belonging(Record, frozen=True):
 
 
 class ClusterFiles:
-    """The folder of one data directory. Methods raise OSError where the disk does, ConfigError on damaged files."""
+    """The folder of one data directory; implements peer.ports.Authority once it belongs to a cluster.
+
+    Methods raise OSError where the disk does, ConfigError on damaged files.
+    """
 
     def __init__(self, data_dir: Path) -> None:
         self.folder = data_dir / FOLDER
@@ -71,7 +74,7 @@ class ClusterFiles:
             voter=True,
             addresses=addresses,
         )
-        self.keep_authority(authority.pem)
+        write_private(self.folder / "authority.pem", authority.pem)
         return self._join(
             key,
             Enrolled(
@@ -105,8 +108,11 @@ class ClusterFiles:
         return self.credentials()
 
     def keep_authority(self, pem: str) -> None:
-        """Write the CA's private key down, for the day when this host leads. Raises ConfigError if it is none."""
-        write_private(self.folder / "authority.pem", Authority(pem).pem)
+        """Write the CA's private key down, for the day when this host leads. Raises ConfigError if it is another's."""
+        authority = Authority(pem)
+        if authority.certificate_pem != self.ca_pem():
+            raise ConfigError("what came as the CA's key is of another CA")
+        write_private(self.folder / "authority.pem", authority.pem)
 
     def credentials(self) -> Credentials:
         """What this host shows to others, and whom it trusts."""
@@ -121,15 +127,26 @@ class ClusterFiles:
 
     def authority(self) -> Authority | None:
         """The CA with its private key, on voters that have got it."""
-        if not (self.folder / "authority.pem").exists():
+        if not self.ready():
             return None
         return Authority(self._read("authority.pem"))
 
+    # ---------------------------------------------------------------- peer.ports.Authority
+
+    def cluster(self) -> str:
+        return self._belonging().cluster
+
+    def ready(self) -> bool:
+        return (self.folder / "authority.pem").exists()
+
+    def ca_sha256(self) -> str:
+        return certificates.ca_sha256(self.ca_pem())
+
+    def private_key(self) -> str:
+        return self._authority().pem
+
     def issue(self, csr_pem: str, grant: Grant, seeds: tuple[str, ...]) -> Enrolled:
-        """Sign what was granted, once that is durable. Raises Unavailable where the CA's key is not, BadRequest."""
-        authority = self.authority()
-        if authority is None:
-            raise Unavailable("this host has not got the CA's key yet; try again", retry_after_s=2.0)
+        authority = self._authority()
         return Enrolled(
             cluster=grant.cluster,
             peer_id=grant.peer_id,
@@ -141,11 +158,10 @@ class ClusterFiles:
         )
 
     def host(self) -> Host:
-        """This host as a record: the one that made the cluster did so before there was a store to record it in."""
+        """The one that made the cluster did so before there was a store to record it in."""
         file = self.folder / "host.pem"
-        belonging, subject = self.belonging(), self.credentials().subject
-        if belonging is None:
-            raise ConfigError(f"{self.folder} is of no cluster")
+        belonging, credentials = self._belonging(), self.credentials()
+        subject = credentials.subject
         return Host(
             peer_id=subject.peer_id,
             enrolled_at=subject.not_before,
@@ -153,8 +169,22 @@ class ClusterFiles:
             key_sha256=certificates.key_sha256(file.read_text()),
             expires_at=subject.not_after,
             voter=belonging.voter,
-            addresses=self.credentials().addresses,
+            addresses=credentials.addresses,
         )
+
+    # ---------------------------------------------------------------- parts
+
+    def _belonging(self) -> Belonging:
+        belonging = self.belonging()
+        if belonging is None:
+            raise ConfigError(f"{self.folder} is of no cluster")
+        return belonging
+
+    def _authority(self) -> Authority:
+        authority = self.authority()
+        if authority is None:
+            raise Unavailable("this host has not got the CA's key yet; try again", retry_after_s=2.0)
+        return authority
 
     def _join(self, key_pem: str, enrolled: Enrolled) -> Belonging:
         belonging = Belonging(

@@ -1,4 +1,5 @@
-"""A host's certificate is renewed when two thirds of its life are over, with a new key; connections go on."""
+"""What a host asks the leader for while it runs: a new certificate when two thirds of its life are over, and, once, the
+CA's private key, if it may have to lead."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ from peer.adapters.certificates import Credentials, Subject
 from peer.adapters.cluster_files import ClusterFiles
 from peer.errors import BitinglipError, ConfigError
 from peer.ports import Clock, Entropy
-from peer.state.enrol import RENEW_SHARE, Renew
+from peer.state.enrol import RENEW_SHARE, AuthorityKey, Enrolled, GetAuthority, Renew
 
 log = structlog.get_logger("peer")
 
 LOOK_S: Final = 3_600.0  # how often it is looked whether it is time
 RETRY_S: Final = (60.0, 600.0)  # after a failure, at random between: not all hosts at once
+FETCH_RETRY_S: Final = (1.0, 5.0)  # likewise, to fetch the CA's key
 
 
 def due_at(subject: Subject) -> float:
@@ -28,11 +30,12 @@ def due_at(subject: Subject) -> float:
 async def keep_renewed(
     files: ClusterFiles,
     use: Callable[[Credentials], None],
-    ask: Callable[[Renew], Awaitable[str]],
+    ask: Callable[[Renew], Awaitable[Enrolled]],
     clock: Clock,
     entropy: Entropy,
 ) -> None:
-    """Until cancelled. `ask` brings the certificate, PEM, by way of the link; `use` is shown what to use from then on.
+    """Until cancelled. `ask` has the leader answer; `use` is shown what to use from then on, which has a new key.
+    Connections that are open go on.
 
     Raises OSError when the disk does.
     """
@@ -54,7 +57,7 @@ async def keep_renewed(
 
 
 async def _renew(
-    files: ClusterFiles, old: Credentials, ask: Callable[[Renew], Awaitable[str]], clock: Clock
+    files: ClusterFiles, old: Credentials, ask: Callable[[Renew], Awaitable[Enrolled]], clock: Clock
 ) -> Credentials:
     key = certificates.new_key()
     command = Renew(
@@ -63,8 +66,30 @@ async def _renew(
         key_sha256=certificates.key_sha256(key),
         addresses=old.addresses,
     )
-    certificate = await ask(command)
+    certificate = (await ask(command)).certificate
     subject = certificates.check_issued(certificate, old.ca_pem, key, clock.wall())
     if subject[:2] != old.subject[:2]:
         raise BitinglipError(f"the certificate that came is for {subject.peer_id} of {subject.cluster!r}")
     return files.renewed(key, certificate)
+
+
+async def keep_authority(
+    files: ClusterFiles,
+    ask: Callable[[GetAuthority], Awaitable[AuthorityKey]],
+    clock: Clock,
+    entropy: Entropy,
+) -> None:
+    """Fetch the CA's private key, if this host may have to lead and has not got it; returns when that is done.
+
+    `ask` has the leader answer. Raises OSError when the disk does.
+    """
+    belonging = files.belonging()
+    if belonging is None or not belonging.voter:
+        return
+    while not files.ready():
+        try:
+            files.keep_authority((await ask(GetAuthority(peer_id=belonging.peer_id))).pem)
+            log.info("authority_kept")
+        except (BitinglipError, ConfigError) as error:
+            log.warning("authority_not_fetched", why=str(error))
+            await clock.sleep(entropy.uniform(*FETCH_RETRY_S))

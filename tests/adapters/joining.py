@@ -60,9 +60,9 @@ class Leader:
         )
         return self.files.issue(command.csr, self.take(decision), (self.network.address,))
 
-    async def renew(self, command: Renew) -> str:
+    async def renew(self, command: Renew) -> Enrolled:
         decision = decide.renew(self.registry, self.clock.wall(), command, cluster="c1", serial="aa")
-        return self.files.issue(command.csr, self.take(decision), ()).certificate
+        return self.files.issue(command.csr, self.take(decision), ())
 
 
 @asynccontextmanager

@@ -16,13 +16,14 @@ import pytest
 import trio
 from cryptography import x509
 
+from peer import ports
 from peer.adapters import certificates
 from peer.adapters.certificates import Authority, Subject
-from peer.adapters.clock import SystemEntropy
+from peer.adapters.clock import SystemClock, SystemEntropy
 from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.renewal import LOOK_S, RETRY_S, due_at, keep_renewed
+from peer.adapters.renewal import LOOK_S, RETRY_S, due_at, keep_authority, keep_renewed
 from peer.errors import BadRequest, ConfigError, Conflict, Unauthorized, Unavailable
-from peer.state.enrol import Grant, Renew
+from peer.state.enrol import AuthorityKey, Enrolled, GetAuthority, Grant, Renew
 from tests.adapters.joining import Leader
 
 
@@ -58,33 +59,95 @@ def test_damaged_files_are_named(founded: ClusterFiles) -> None:
 
 
 def test_the_cas_key_is_kept_where_it_is_one(founded: ClusterFiles, newcomer: ClusterFiles) -> None:
-    newcomer.pending_key()
-    authority = founded.authority()
-    assert authority is not None
-    newcomer.keep_authority(authority.pem)
+    join(founded, newcomer)
+    newcomer.keep_authority(founded.private_key())
     copied = newcomer.authority()
     assert isinstance(copied, Authority)
     assert copied.certificate_pem == founded.ca_pem()
     with pytest.raises(ConfigError):
         newcomer.keep_authority(founded.ca_pem())
+    with pytest.raises(ConfigError, match="another CA"):
+        newcomer.keep_authority(Authority.create(time.time()).pem)
 
 
-def test_who_has_not_the_cas_key_signs_nothing(founded: ClusterFiles) -> None:
-    key = certificates.new_key()
-    grant = Grant(
+def join(founded: ClusterFiles, newcomer: ClusterFiles, *, voter: bool = True) -> None:
+    """Let h2 in."""
+    key = newcomer.pending_key()
+    newcomer.joined(key, founded.issue(certificates.request(key), grant(key, voter=voter), ()))
+
+
+def grant(key: str, *, voter: bool = True) -> Grant:
+    return Grant(
         cluster="c1",
         peer_id="h2",
         serial="2",
         key_sha256=certificates.key_sha256(key),
-        not_before=time.time(),
+        not_before=time.time() - 60,
         not_after=time.time() + 60,
-        voter=True,
+        voter=voter,
+        addresses=("10.0.0.2", "h2", "fd00::2"),
     )
-    enrolled = founded.issue(certificates.request(key), grant, ("h1:8001",))
+
+
+def test_the_port_of_the_cas(founded: ClusterFiles, newcomer: ClusterFiles) -> None:
+    """As the leader sees this host's files."""
+    authority: ports.Authority = founded
+    assert (authority.ready(), authority.cluster()) == (True, "c1")
+    assert authority.ca_sha256() == certificates.ca_sha256(founded.ca_pem())
+    assert Authority(authority.private_key()).certificate_pem == founded.ca_pem()
+    join(founded, newcomer)
+    assert (newcomer.ready(), newcomer.cluster()) == (False, "c1")
+    assert newcomer.ca_sha256() == founded.ca_sha256()
+    assert newcomer.host().addresses == (
+        "10.0.0.2",
+        "h2",
+        "fd00::2",
+    )  # in the order in which they were granted
+    with pytest.raises(Unavailable, match="CA's key"):
+        newcomer.private_key()
+
+
+async def test_the_cas_key_is_fetched_until_it_is_here(
+    founded: ClusterFiles, newcomer: ClusterFiles, autojump_clock: Any
+) -> None:
+    join(founded, newcomer)
+    asked: list[GetAuthority] = []
+
+    async def ask(query: GetAuthority) -> AuthorityKey:
+        asked.append(query)
+        if len(asked) == 1:
+            raise Unavailable("no leader")
+        if len(asked) == 2:
+            return AuthorityKey(pem=Authority.create(time.time()).pem)
+        return AuthorityKey(pem=founded.private_key())
+
+    with trio.fail_after(60):
+        await keep_authority(newcomer, ask, SystemClock(), SystemEntropy())
+    assert asked == [GetAuthority(peer_id="h2")] * 3
+    assert newcomer.private_key() == founded.private_key()
+    await keep_authority(newcomer, ask, SystemClock(), SystemEntropy())
+    assert len(asked) == 3
+
+
+async def test_who_may_not_lead_does_not_ask_for_the_cas_key(
+    founded: ClusterFiles, newcomer: ClusterFiles
+) -> None:
+    async def ask(query: GetAuthority) -> AuthorityKey:
+        raise AssertionError(query)
+
+    await keep_authority(newcomer, ask, SystemClock(), SystemEntropy())
+    join(founded, newcomer, voter=False)
+    await keep_authority(newcomer, ask, SystemClock(), SystemEntropy())
+    assert not newcomer.ready()
+
+
+def test_who_has_not_the_cas_key_signs_nothing(founded: ClusterFiles) -> None:
+    key = certificates.new_key()
+    enrolled = founded.issue(certificates.request(key), grant(key), ("h1:8001",))
     assert (enrolled.seeds, enrolled.gossip_key) == (("h1:8001",), founded.gossip_key())
     (founded.folder / "authority.pem").unlink()
     with pytest.raises(Unavailable, match="CA's key"):
-        founded.issue(certificates.request(key), grant, ())
+        founded.issue(certificates.request(key), grant(key), ())
 
 
 def test_a_host_as_a_record(founded: ClusterFiles, newcomer: ClusterFiles) -> None:
@@ -163,12 +226,13 @@ async def test_a_certificate_is_renewed_in_time(founded: ClusterFiles, autojump_
     used: list[tuple[float, str]] = []
     asked: list[float] = []
 
-    async def ask_leader(command: Renew) -> str:
+    async def ask_leader(command: Renew) -> Enrolled:
         asked.append(clock.wall())
         if len(asked) <= 3:
             raise Unavailable("no leader")
         if len(asked) == 4:
-            return first.file.read_text()[first.file.read_text().index("-----BEGIN CERT") :]  # another key's
+            of_another_key = key[key.index("-----BEGIN CERT") :]
+            return Enrolled(cluster="c1", peer_id="h1", certificate=of_another_key, ca="", voter=True)
         return await leader.renew(command)
 
     def use(credentials: certificates.Credentials) -> None:
