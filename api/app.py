@@ -11,15 +11,15 @@ import trio
 from quart_trio import QuartTrio
 
 from api import cluster as cluster_routes
-from api import events_ws, health, keys, models, openapi, stream, tasks, workers
-from api.auth import Authenticator, Tickets
+from api import events_ws, health, hosts, keys, models, openapi, stream, tasks, workers
+from api.auth import Authenticator
 from api.http import HttpConnection, Router, rate_limited
-from api.ratelimit import RateLimiter
 from peer.config import Config
 from peer.errors import NotFound
 from peer.ports import Clock, Cluster
 from peer.state.key import ApiKey
 from peer.state.model import Model
+from peer.state.quota import Spend
 
 ROUTES = (
     *health.ROUTES,
@@ -29,6 +29,7 @@ ROUTES = (
     *stream.ROUTES,
     *models.ROUTES,
     *keys.ROUTES,
+    *hosts.ROUTES,
     *events_ws.ROUTES,
     *openapi.ROUTES,
 )
@@ -43,9 +44,7 @@ class Api:
         self.router = Router(ROUTES)
         self.query_names = {id(route): route.query_names for route in ROUTES}
         self.auth = Authenticator(cluster, clock)
-        self.tickets = Tickets(clock)
-        self.limiter = RateLimiter()
-        self.sockets: Counter[str] = Counter()  # open WebSockets by key
+        self.sockets: Counter[str] = Counter()  # open WebSockets on this peer by key
         self.streams = 0
         self.stopping = trio.Event()
         self.waiting: dict[trio.CancelScope, None] = {}  # requests that wait for something to happen
@@ -67,10 +66,13 @@ class Api:
         """Requests per hour and per minute that hold for this key now; None: no limit."""
         return self.config.limits.of(key)
 
-    def limit(self, key: ApiKey, headers: list[tuple[bytes, bytes]]) -> None:
-        """Count a request of the key and say in `headers` how much is left. Raises RateLimited."""
+    async def limit(self, key: ApiKey, headers: list[tuple[bytes, bytes]]) -> None:
+        """Count a request of the key, in the cluster, and say in `headers` how much is left. Raises RateLimited."""
         per_hour, per_minute = self.limits_of(key)
-        verdict = self.limiter.check(key.key_id, self.clock.now(), per_hour, per_minute)
+        if per_hour is None and per_minute is None:
+            return
+        ask = Spend(key_id=key.key_id, per_hour=per_hour, per_minute=per_minute)
+        verdict = await self.cluster.spend(ask)
         if verdict is None:
             return
         headers.append((b"x-ratelimit-limit", b"%d" % verdict.limit))

@@ -1,14 +1,12 @@
-"""Who is calling: bearer tokens, scopes, and one-time tickets for WebSockets."""
+"""Who is calling: bearer tokens and scopes."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import secrets
 from collections import OrderedDict
 
-from peer import limits
-from peer.errors import RateLimited, Unauthorized
+from peer.errors import Unauthorized
 from peer.ports import Clock, Cluster
 from peer.state import key as keys
 from peer.state.key import ApiKey
@@ -89,32 +87,3 @@ class Authenticator:
             if len(self._known) > CACHED_MAX:
                 self._known.popitem(last=False)
         return key_id, digest
-
-
-class Tickets:
-    """One-time, short-lived stand-ins for a key, for clients that cannot set headers. Kept on this peer."""
-
-    LIFE_S = 30.0
-
-    def __init__(self, clock: Clock, tickets_max: int = limits.KEYS_MAX) -> None:
-        self._clock = clock
-        self._max = tickets_max
-        self._tickets: OrderedDict[str, tuple[str, float]] = OrderedDict()  # oldest first
-
-    def issue(self, key_id: str) -> str:
-        """A fresh ticket. Raises RateLimited when too many are open."""
-        now = self._clock.now()
-        while self._tickets and next(iter(self._tickets.values()))[1] <= now:
-            self._tickets.popitem(last=False)
-        if len(self._tickets) >= self._max:
-            raise RateLimited("Too many unused tickets", retry_after_s=self.LIFE_S)
-        ticket = secrets.token_urlsafe(24)
-        self._tickets[ticket] = key_id, now + self.LIFE_S
-        return ticket
-
-    def redeem(self, ticket: str) -> str:
-        """The key id that it was issued to; it is used up. Raises Unauthorized."""
-        key_id, expires = self._tickets.pop(ticket, ("", 0.0))
-        if not key_id or self._clock.now() >= expires:
-            raise Unauthorized("The ticket is unknown, used or expired", code="invalid_ticket")
-        return key_id

@@ -7,7 +7,9 @@ closed with 1008 or 1009 by `api.wire`.) What clients send is read and ignored.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -25,11 +27,11 @@ from peer.errors import (
     Compacted,
     NotFound,
     Overloaded,
-    RateLimited,
     Unauthorized,
 )
 from peer.state.event import EVENT_NAMES, Event
 from peer.state.key import ApiKey
+from peer.state.quota import Client, KeepTicket, RedeemTicket
 
 if TYPE_CHECKING:
     from api.app import Api, ApiApp
@@ -118,10 +120,10 @@ def parse(raw: bytes) -> Asked:
     return Asked(names=names, since=since, ticket=query.get("ticket", ""))
 
 
-def authenticate(api: Api, asked: Asked, header: str | None, subprotocols: list[str]) -> ApiKey:
+async def authenticate(api: Api, asked: Asked, header: str | None, subprotocols: list[str]) -> ApiKey:
     """The key of a handshake: by ticket, header, or subprotocol. Raises Unauthorized."""
     if asked.ticket:
-        key = api.cluster.key(api.tickets.redeem(asked.ticket))
+        key = api.cluster.key(await api.cluster.call(RedeemTicket(ticket=asked.ticket)))
         if key is None:
             raise Unauthorized("The API key is not valid")
         api.auth.check(key, "read")
@@ -133,17 +135,9 @@ def authenticate(api: Api, asked: Asked, header: str | None, subprotocols: list[
     return api.auth.bearer(None if header is None else header.encode("latin-1", "replace"), "read")
 
 
-def admit(api: Api, key: ApiKey, headers: list[tuple[bytes, bytes]]) -> None:
-    """Raises RateLimited or Overloaded when this client or this peer has too many sockets."""
-    api.limit(key, headers)
-    allowed = api.config.limits.websockets_per_client
-    if api.sockets[key.key_id] >= allowed:
-        raise RateLimited(
-            f"This client has {allowed} WebSocket connections open, which is the limit",
-            code="too_many_websockets",
-            details={"limit": allowed},
-            retry_after_s=5.0,
-        )
+async def admit(api: Api, key: ApiKey, headers: list[tuple[bytes, bytes]]) -> None:
+    """Raises RateLimited, or Overloaded when this peer has too many sockets."""
+    await api.limit(key, headers)
     if api.sockets.total() >= limits.WEBSOCKETS_MAX:
         raise Overloaded("Too many WebSocket connections are open", retry_after_s=5.0)
 
@@ -156,28 +150,52 @@ async def serve_events(app: ApiApp) -> Response | None:
     try:
         asked = parse(websocket.query_string)
         offered = websocket.requested_subprotocols
-        key = authenticate(api, asked, websocket.headers.get("Authorization"), offered)
-        admit(api, key, headers)
+        key = await authenticate(api, asked, websocket.headers.get("Authorization"), offered)
+        await admit(api, key, headers)
     except BitinglipError as error:
         return refusal(api, error, request_id, headers)
     api.sockets[key.key_id] += 1
-    api.log.debug("websocket opened", request_id=request_id, key_id=key.key_id)
     try:
-        await websocket.accept(
-            headers={"X-Request-ID": request_id},
-            subprotocol=SUBPROTOCOL if SUBPROTOCOL in offered else None,
-        )
-        code, reason = await _until_closed(api, key.key_id, asked)
-        api.log.debug("websocket closed", request_id=request_id, code=code, reason=reason)
-        await websocket.close(code, reason)
+        return await _serve(api, key, asked, request_id, headers)
     finally:
         api.sockets[key.key_id] -= 1
         if not api.sockets[key.key_id]:
             del api.sockets[key.key_id]
+
+
+async def _serve(
+    api: Api, key: ApiKey, asked: Asked, request_id: str, headers: list[tuple[bytes, bytes]]
+) -> Response | None:
+    """Whoever reads events has a WebSocket, as the cluster counts them: so reading begins before the handshake ends."""
+    client = Client(key_id=key.key_id, sockets_max=api.config.limits.websockets_per_client)
+    async with AsyncExitStack() as stack:
+        events: AsyncIterator[Event] | Compacted
+        try:
+            events = await stack.enter_async_context(api.cluster.events(asked.since, client))
+        except Compacted as error:
+            events = error  # it is told so over the WebSocket
+        except BitinglipError as error:
+            return refusal(api, error, request_id, headers)
+        api.log.debug("websocket opened", request_id=request_id, key_id=key.key_id)
+        await websocket.accept(
+            headers={"X-Request-ID": request_id},
+            subprotocol=SUBPROTOCOL if SUBPROTOCOL in websocket.requested_subprotocols else None,
+        )
+        if isinstance(events, Compacted):
+            code, reason = await _no_longer_kept(api, events)
+        else:
+            code, reason = await _until_closed(api, key.key_id, asked, events)
+        api.log.debug("websocket closed", request_id=request_id, code=code, reason=reason)
+        await websocket.close(code, reason)
     return None
 
 
-async def _until_closed(api: Api, key_id: str, asked: Asked) -> Close:
+async def _no_longer_kept(api: Api, error: Compacted) -> Close:
+    await websocket.send(errors.body(error, "", api.clock.wall()).decode())
+    return 4410, "the events after since are no longer kept"
+
+
+async def _until_closed(api: Api, key_id: str, asked: Asked, events: AsyncIterator[Event]) -> Close:
     """Forward events until there is a reason to close. The client's own closing cancels this."""
     closing: list[Close] = []
     async with trio.open_nursery() as nursery:
@@ -200,23 +218,21 @@ async def _until_closed(api: Api, key_id: str, asked: Asked) -> Close:
             return 1001, "the peer is stopping"
 
         async def forward() -> Close:
-            return await _forward(api, asked)
+            return await _forward(api, asked, events)
 
         for work in (read, watch_key, watch_stop, forward):
             nursery.start_soon(run, work)
     return closing[0]
 
 
-async def _forward(api: Api, asked: Asked) -> Close:
+async def _forward(api: Api, asked: Asked, events: AsyncIterator[Event]) -> Close:
     names = asked.names
     try:
-        async with api.cluster.events(asked.since) as events:
-            async for event in events:
-                if names is None or event.event in names:
-                    await websocket.send(_encode(view(event)).decode())
+        async for event in events:
+            if names is None or event.event in names:
+                await websocket.send(_encode(view(event)).decode())
     except Compacted as error:
-        await websocket.send(errors.body(error, "", api.clock.wall()).decode())
-        return 4410, "the events after since are no longer kept"
+        return await _no_longer_kept(api, error)
     except Overloaded:
         return 4408, "the reader is too slow"
     except BitinglipError as error:
@@ -246,10 +262,12 @@ async def needs_upgrade(call: Call) -> Reply:
 
 async def ticket(call: Call) -> Reply:
     api = call.api
+    text = secrets.token_urlsafe(24)
+    await api.cluster.call(KeepTicket(ticket=text, key_id=call.caller.key_id))
     made = schemas.Ticket(
-        ticket=api.tickets.issue(call.caller.key_id),
-        expires_in=int(api.tickets.LIFE_S),
-        expires_at=format.timestamp(api.clock.wall() + api.tickets.LIFE_S),
+        ticket=text,
+        expires_in=int(limits.TICKET_S),
+        expires_at=format.timestamp(api.clock.wall() + limits.TICKET_S),
     )
     return Reply(_encode(made), 201)
 

@@ -330,7 +330,7 @@ class HttpConnection:
             call.route, call.args = route, _ = api.router.match(scope["method"], _path(scope["raw_path"]))
             if route.scope is not None:
                 key = call.key = api.auth.bearer(headers.get(b"authorization"), route.scope)
-                api.limit(key, extra)
+                await api.limit(key, extra)
             query = scope["query_string"]
             if query:
                 call.query = parse_query(query, api.query_names[id(route)])

@@ -12,6 +12,7 @@ import trio
 
 from peer import limits
 from peer.decide import members
+from peer.decide.quota import Quota
 from peer.election import Election, Leadership
 from peer.errors import BitinglipError, Unavailable
 from peer.establish import load_snapshot
@@ -54,7 +55,7 @@ class Identity:
 class ClusterPeer:
     """`executor` is built with a sink that hands over to `report`. `cluster` serves clients as soon as `run` runs.
 
-    Where the store is run for this cluster, `voting` is this host's part in it: whether this peer is a voter may change.
+    Where the cluster runs its own store, `voting` is this host's part in it: this peer may become a voter, or cease to.
     Else `store` is the whole life's, None on peers that are no voters. `authority` None: no host can join.
     """
 
@@ -103,7 +104,7 @@ class ClusterPeer:
         self.leader: Leader | None = None
         self.journal: Journal | None = None
         self._began_leading = trio.Event()
-        self.cluster = RoutedCluster(self, self.follower, self.executor, identity.catalogue)
+        self.cluster = RoutedCluster(self, self.follower, self.executor, identity.catalogue, clock)
         if store is not None:
             self.begin_voting(store)
 
@@ -288,10 +289,12 @@ class ClusterPeer:
                 self._authority,
                 self.membership.seeds,
             )
+            leader.quota = Quota(self.cluster.windows)
 
             def share() -> None:
-                self._revoke(leader.revoked())
-                followers.share(shared_of(leader))
+                shared = shared_of(leader)
+                self.follower.take(shared)
+                followers.share(shared)
 
             leader.on_shared = share
             share()

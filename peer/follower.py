@@ -22,6 +22,7 @@ from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.model import Model
 from peer.state.order import Order, Report
+from peer.state.quota import Client
 
 log = structlog.get_logger("follower")
 
@@ -108,7 +109,7 @@ class Follower:
     async def report(self, report: Report) -> None:
         """Hand it to the leader. Raises Unavailable when there is none."""
         if self._session is None:
-            raise _no_session()
+            raise no_session()
         await self._session.put(wire.Reported(report=report))
 
     async def call(self, request: Request) -> Any:
@@ -128,13 +129,15 @@ class Follower:
             raise wire.error_of(answer.failure)
         return wire.decode_answer(request, answer.value)
 
-    async def events(self, since: int | None) -> AsyncGenerator[int | Event, None]:
+    async def events(
+        self, since: int | None, client: Client | None = None
+    ) -> AsyncGenerator[int | Event, None]:
         """First the number after which events follow, then those. Raises what Journal.subscribe does, and Unavailable
         when the session ends."""
         forwarded = _Forwarded(limits.EVENTS_BEHIND_MAX)
         call_id = self._open(forwarded)
         try:
-            self._post(wire.Subscribe(call_id=call_id, since=since))
+            self._post(wire.Subscribe(call_id=call_id, since=since, client=client))
             async for item in forwarded.receive:
                 match item:
                     case wire.Subscribed():
@@ -150,7 +153,7 @@ class Follower:
 
     def _open(self, forwarded: _Forwarded) -> int:
         if self._session is None:
-            raise _no_session()
+            raise no_session()
         if len(self._calls) >= limits.CALLS_MAX + limits.WEBSOCKETS_MAX:
             raise Overloaded("this peer has too many requests open", retry_after_s=1.0)
         self._calls_made += 1
@@ -164,8 +167,14 @@ class Follower:
 
     def _post(self, frame: wire.Frame) -> None:
         if self._session is None:
-            raise _no_session()
+            raise no_session()
         self._session.post(frame)
+
+    def take(self, shared: wire.Shared) -> None:
+        """Keep this copy: the leader's word, or while this peer leads its own, for when it follows nobody."""
+        self.keys = MappingProxyType({key.key_id: key for key in shared.keys})
+        self.catalogue = MappingProxyType({model.name: model for model in shared.catalogue})
+        self._revoke(shared.revoked)
 
     def leave(self, reason: str) -> None:
         """End the session, if there is one: this peer leads now, or stops."""
@@ -284,9 +293,7 @@ class Follower:
             case wire.Answer() | wire.Subscribed() | wire.Events():
                 self._hand_over(frame)
             case wire.Shared():
-                self.keys = MappingProxyType({key.key_id: key for key in frame.keys})
-                self.catalogue = MappingProxyType({model.name: model for model in frame.catalogue})
-                self._revoke(frame.revoked)
+                self.take(frame)
             case wire.Vote() if self._voting is not None:
                 self._voting.join(frame.seat)
             case wire.Unvote() if self._voting is not None:
@@ -308,8 +315,12 @@ class Follower:
             del self._calls[frame.call_id]
 
 
-def _no_session() -> Unavailable:
-    return Unavailable("no leader is known to this peer at the moment", code="no_leader", retry_after_s=1.0)
+def no_session() -> Unavailable:
+    return Unavailable(
+        "no leader is known to this peer at the moment: it may be cut off from the majority of the voters",
+        code="no_leader",
+        retry_after_s=1.0,
+    )
 
 
 def _cut_off() -> Unavailable:
@@ -318,6 +329,11 @@ def _cut_off() -> Unavailable:
         code="ambiguous",
         retry_after_s=1.0,
     )
+
+
+def is_leaderless(error: BitinglipError) -> bool:
+    """Whether it is for want of a leader that there is no answer, whatever became of the request."""
+    return is_unsent(error) or (isinstance(error, Unavailable) and error.code == "ambiguous")
 
 
 def is_unsent(error: BitinglipError) -> bool:

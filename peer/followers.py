@@ -186,8 +186,9 @@ class _Served:
 
     async def _subscribe(self, ask: wire.Subscribe) -> wire.Answer:
         since = self._journal.last if ask.since is None else ask.since
-        async with self._journal.subscribe(since) as events:
-            await self._session.put(wire.Subscribed(call_id=ask.call_id, since=since))
-            async for event in events:
-                await self._session.put(wire.Events(call_id=ask.call_id, events=(event,)))
+        with self._leader.quota.socket(ask.client):
+            async with self._journal.subscribe(since) as events:
+                await self._session.put(wire.Subscribed(call_id=ask.call_id, since=since))
+                async for event in events:
+                    await self._session.put(wire.Events(call_id=ask.call_id, events=(event,)))
         raise Unavailable("the journal has ended", code="not_leading")

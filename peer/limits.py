@@ -62,6 +62,9 @@ REQUESTS_PER_HOUR: Final = 1_000
 REQUESTS_PER_MINUTE: Final = 100
 WEBSOCKETS_PER_CLIENT: Final = 10
 WEBSOCKETS_MAX: Final = 1_000
+TICKET_S: Final = 30.0  # a ticket for a WebSocket stands for its key so long
+COUNT_S_MAX: Final = 1.0  # a peer waits so long for the leader's count of a request, then takes its own
+STALE_ANSWERS_MAX: Final = 256  # a peer's last answers to queries, for readers who take them when nobody leads
 
 # streams and events
 EVENTS_KEPT_MAX: Final = 10_000

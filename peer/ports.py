@@ -13,13 +13,14 @@ from typing import Any, Literal, Protocol
 import msgspec
 from trio import TASK_STATUS_IGNORED, TaskStatus
 
-from peer.state.command import Request, StreamItem
+from peer.state.command import Query, Request, StreamItem
 from peer.state.enrol import Enrolled, Grant, Host
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.member import Member
 from peer.state.model import Model
 from peer.state.order import Order, Report
+from peer.state.quota import Client, Spend, Verdict
 from peer.state.voter import Seat, StoreMember
 
 # ------------------------------------------------------------------------------------------------ store
@@ -312,8 +313,15 @@ class Cluster(Protocol):
         A command goes on when the caller is cancelled. Raises peer.errors.BitinglipError.
         """
 
+    async def read(self, query: Query) -> tuple[Any, float | None]:
+        """Like `call` for a reader who takes an old answer where no leader can be reached: the answer that this peer had
+        last, if it has one, and its age in seconds; None: it is the leader's own of now."""
+
+    async def spend(self, ask: Spend) -> Verdict | None:
+        """Count a request, for the whole cluster; answered within limits.COUNT_S_MAX. Never raises."""
+
     def key(self, key_id: str) -> ApiKey | None:
-        """The key as now in force, for authentication; None if there is none."""
+        """The key as now in force, for authentication; None if there is none. Raises Unavailable where none is known yet."""
 
     def models(self) -> Mapping[str, Model]:
         """The catalogue now in force."""
@@ -324,9 +332,12 @@ class Cluster(Protocol):
     def stream(self, task_id: str) -> AbstractAsyncContextManager[AsyncIterator[StreamItem]]:
         """A task's text from its beginning, as it comes, to its end. Raises NotFound on entry."""
 
-    def events(self, since: int | None) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+    def events(
+        self, since: int | None, client: Client | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """The journal after event `since` (None: from now on). Raises Compacted on entry if that is no longer kept,
-        and Overloaded from the iterator when the reader is too far behind."""
+        and Overloaded from the iterator when the reader is too far behind. While it is open one WebSocket of `client` is
+        counted, for the whole cluster: RateLimited on entry when it has too many."""
 
     def ready(self) -> str:
         """ "" if requests are served, else why not."""

@@ -4,18 +4,21 @@ when nobody does."""
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final, Protocol
 
 import trio
 
 from peer import limits
-from peer.errors import Unavailable
+from peer.decide.quota import RateLimiter
+from peer.errors import BitinglipError, Unavailable
 from peer.executor import Executor
-from peer.follower import Follower, is_unsent
+from peer.follower import Follower, is_leaderless, is_unsent, no_session
 from peer.journal import Journal
 from peer.leader import Leader
+from peer.ports import Clock
+from peer.remembered import Remembered
 from peer.state.command import (
     GetTask,
     Query,
@@ -30,6 +33,7 @@ from peer.state.enrol import Enrol, Renew, RevokeHost
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.model import Model
+from peer.state.quota import Client, KeepTicket, Spend, Verdict
 from peer.state.task import TERMINAL
 
 _PAUSE_S: Final = 0.1  # between two tries
@@ -47,12 +51,20 @@ class RoutedCluster:
     """Implements peer.ports.Cluster on every peer of a cluster."""
 
     def __init__(
-        self, leading: Leading, follower: Follower, executor: Executor, catalogue: Mapping[str, Model]
+        self,
+        leading: Leading,
+        follower: Follower,
+        executor: Executor,
+        catalogue: Mapping[str, Model],
+        clock: Clock,
     ) -> None:
         self._leading = leading
         self._follower = follower
         self._executor = executor
         self._catalogue = catalogue  # this peer's own, until a leader has told it of the cluster's
+        self._clock = clock
+        self._remembered = Remembered()
+        self.windows = RateLimiter()  # of what came to this peer, and of all while it leads
         self.not_ready = ""
         """Why requests are not to come here, "" if they are."""
 
@@ -65,7 +77,11 @@ class RoutedCluster:
 
     def key(self, key_id: str) -> ApiKey | None:
         leader = self._leading.leader
-        return leader.key(key_id) if leader is not None else self._follower.keys.get(key_id)
+        if leader is not None:
+            return leader.key(key_id)
+        if not self._follower.leader and not self._follower.keys:
+            raise no_session()  # it has not heard of any key yet, so none can be said to be wrong
+        return self._follower.keys.get(key_id)
 
     def models(self) -> Mapping[str, Model]:
         leader = self._leading.leader
@@ -84,9 +100,33 @@ class RoutedCluster:
         tried again until limits.HOLD_S_MAX have passed."""
         return await self._held(lambda: self._once(request), repeatable=_is_repeatable(request))
 
+    async def read(self, query: Query) -> tuple[Any, float | None]:
+        """As the port says: not held where this peer has an answer."""
+        try:
+            return await self._once(query), None
+        except Unavailable as error:
+            if not is_leaderless(error):
+                raise
+        found = self._remembered.find(query, self._clock.now())
+        return (await self.call(query), None) if found is None else found
+
     async def _once(self, request: Request) -> Any:
         leader = self._leading.leader
-        return await (leader.call(request) if leader is not None else self._follower.call(request))
+        answer = await (leader.call(request) if leader is not None else self._follower.call(request))
+        self._remembered.keep(request, answer, self._clock.now())
+        return answer
+
+    async def spend(self, ask: Spend) -> Verdict | None:
+        """Counted by the leader. Where none answers soon, on this peer's own count of what came to it: so its limits hold
+        on the minority side of a partition too, each peer for itself, and what needs no leader is served."""
+        leader = self._leading.leader
+        if leader is not None:
+            return leader.spend(ask)
+        own = self.windows.check(ask.key_id, self._clock.now(), ask.per_hour, ask.per_minute)
+        with trio.move_on_after(limits.COUNT_S_MAX), suppress(BitinglipError):
+            verdict: Verdict | None = await self._follower.call(ask)
+            return verdict
+        return own
 
     async def _held(self, attempt: Callable[[], Awaitable[Any]], *, repeatable: bool) -> Any:
         give_up_at = trio.current_time() + limits.HOLD_S_MAX
@@ -94,28 +134,34 @@ class RoutedCluster:
             try:
                 return await attempt()
             except Unavailable as error:
-                again = is_unsent(error) or (repeatable and error.code == "ambiguous")
-                if not again or trio.current_time() >= give_up_at:
+                if not (is_leaderless(error) if repeatable else is_unsent(error)):
                     raise
+                if trio.current_time() >= give_up_at:
+                    raise _no_leader() from None
             with trio.move_on_after(_PAUSE_S):
                 await self._follower.wait_for_change()
 
     # ---------------------------------------------------------------- events
 
-    def events(self, since: int | None) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        return self._events(since)
-
     @asynccontextmanager
-    async def _events(self, since: int | None) -> AsyncIterator[AsyncIterator[Event]]:
+    async def events(
+        self, since: int | None, client: Client | None = None
+    ) -> AsyncIterator[AsyncIterator[Event]]:
         """Goes on with the next leader where the last one stopped. Errors of the beginning come on entry."""
-        source = await self._held(lambda: self._source(since), repeatable=True)
-        async with aclosing(self._all_events(*source)) as events:
+        first, source = await self._held(partial(self._source, since, client), repeatable=True)
+        admitted = client and Client(key_id=client.key_id, sockets_max=None)
+        async with aclosing(self._all_events(first, source, admitted)) as events:
             yield events
 
-    async def _source(self, since: int | None) -> tuple[int, AsyncGenerator[int | Event, None]]:
+    async def _source(
+        self, since: int | None, client: Client | None
+    ) -> tuple[int, AsyncGenerator[int | Event, None]]:
         """The number after which events follow, and those."""
-        leading = self._leading.journal
-        events = _local_events(leading, since) if leading is not None else self._follower.events(since)
+        leader, journal = self._leading.leader, self._leading.journal
+        if leader is not None and journal is not None:
+            events = _local_events(leader, journal, since, client)
+        else:
+            events = self._follower.events(since, client)
         try:
             first = await anext(events)
         except BaseException:
@@ -125,7 +171,7 @@ class RoutedCluster:
         return first, events
 
     async def _all_events(
-        self, last: int, events: AsyncGenerator[int | Event, None]
+        self, last: int, events: AsyncGenerator[int | Event, None], client: Client | None
     ) -> AsyncGenerator[Event, None]:
         while True:
             try:
@@ -136,7 +182,7 @@ class RoutedCluster:
                         yield event
             except Unavailable:
                 pass
-            _, events = await self._held(partial(self._source, last), repeatable=True)
+            _, events = await self._held(partial(self._source, last, client), repeatable=True)
 
     # ---------------------------------------------------------------- streams
 
@@ -163,12 +209,23 @@ def _is_repeatable(request: Request) -> bool:
     """Whether doing it twice is as doing it once."""
     if isinstance(request, SubmitTask):
         return request.idempotency_key != ""
-    return isinstance(request, Query | Enrol | Renew | RevokeHost)
+    return isinstance(request, Query | KeepTicket | Enrol | Renew | RevokeHost)
 
 
-async def _local_events(journal: Journal, since: int | None) -> AsyncGenerator[int | Event, None]:
+def _no_leader() -> Unavailable:
+    return Unavailable(
+        f"this peer has found no leader for {limits.HOLD_S_MAX:g} s: it, or every peer, is cut off from the majority of the voters",
+        code="no_leader",
+        retry_after_s=5.0,
+    )
+
+
+async def _local_events(
+    leader: Leader, journal: Journal, since: int | None, client: Client | None
+) -> AsyncGenerator[int | Event, None]:
     start = journal.last if since is None else since
-    async with journal.subscribe(start) as events:
-        yield start
-        async for event in events:
-            yield event
+    with leader.quota.socket(client):
+        async with journal.subscribe(start) as events:
+            yield start
+            async for event in events:
+                yield event

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from peer.executor import Executor
 from peer.journal import Journal
 from peer.leader import Leader
-from peer.state.command import GetTask, Request, StreamEnd, StreamItem, StreamRestart, StreamToken, TaskView
+from peer.state.command import (
+    GetTask,
+    Query,
+    Request,
+    StreamEnd,
+    StreamItem,
+    StreamRestart,
+    StreamToken,
+    TaskView,
+)
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.model import Model
+from peer.state.quota import Client, Spend, Verdict
 from peer.state.task import TERMINAL
 from peer.streams import StreamHub
 
@@ -33,6 +43,12 @@ class LocalCluster:
     async def call(self, request: Request) -> Any:
         return await self._leader.call(request)
 
+    async def read(self, query: Query) -> tuple[Any, float | None]:
+        return await self._leader.call(query), None
+
+    async def spend(self, ask: Spend) -> Verdict | None:
+        return self._leader.spend(ask)
+
     def key(self, key_id: str) -> ApiKey | None:
         return self._leader.key(key_id)
 
@@ -43,8 +59,13 @@ class LocalCluster:
         model = self._leader.models().get(model_name)
         return None if model is None else await self._executor.count_tokens(model, parameters)
 
-    def events(self, since: int | None) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
-        return self._journal.subscribe(since)
+    @asynccontextmanager
+    async def events(
+        self, since: int | None, client: Client | None = None
+    ) -> AsyncIterator[AsyncIterator[Event]]:
+        with self._leader.quota.socket(client):
+            async with self._journal.subscribe(since) as events:
+                yield events
 
     @asynccontextmanager
     async def stream(self, task_id: str) -> AsyncIterator[AsyncIterator[StreamItem]]:

@@ -24,6 +24,7 @@ from peer.state.metric import Metrics
 from peer.state.model import Model
 from peer.state.order import Order, Report
 from peer.state.plan import Plan
+from peer.state.quota import Client, KeepTicket, RedeemTicket, Spend, Verdict
 from peer.state.voter import Seat
 
 WIRE: Final = 1  # the newest version that this code speaks
@@ -131,10 +132,11 @@ class Unvote(Record, frozen=True, tag="unvote"):
 
 
 class Subscribe(Record, frozen=True, tag="subscribe"):
-    """The journal after `since`; None: from now on. An Answer tells of its end."""
+    """The journal after `since`; None: from now on. An Answer tells of its end. `client` has a WebSocket for as long."""
 
     call_id: int
     since: int | None
+    client: Client | None = None
 
 
 class Subscribed(Record, frozen=True, tag="subscribed"):
@@ -199,6 +201,9 @@ _ANSWERS: Mapping[type[Any], Any] = MappingProxyType(
         asks.GetMetrics: Metrics,
         asks.ListKeys: tuple[ApiKey, ...],
         asks.GetPlan: Plan,
+        Spend: Verdict | None,
+        KeepTicket: type(None),
+        RedeemTicket: str,
     }
 )
 _DECODERS = {request: msgspec.msgpack.Decoder(answer).decode for request, answer in _ANSWERS.items()}

@@ -9,13 +9,15 @@ from typing import Any
 import msgspec
 import trio
 
+from peer.decide.quota import Quota
 from peer.errors import BitinglipError, Compacted, Conflict, NotFound, Overloaded
-from peer.state import command, key
+from peer.state import command, enrol, key
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.metric import Gauge, Metrics, WorkerMetrics
 from peer.state.model import Assignment, Model, Replica, ReplicaState
 from peer.state.plan import Move, Plan
+from peer.state.quota import Client, KeepTicket, RedeemTicket, Spend, Verdict
 from peer.state.task import Status, Task, TaskError, TaskInput, TaskResult
 from peer.state.worker import DeviceInfo, EngineState, HostInfo, Telemetry, Worker, WorkerReport
 
@@ -111,6 +113,18 @@ def worker_view(
     )
 
 
+def host(peer_id: str, *, voter: bool) -> enrol.Host:
+    return enrol.Host(
+        peer_id=peer_id,
+        enrolled_at=WALL - 86_400,
+        serial="5eed",
+        key_sha256="0" * 64,
+        expires_at=WALL + 29 * 86_400,
+        voter=voter,
+        addresses=("10.0.0.2",),
+    )
+
+
 class FakeCluster:
     """Every task stays queued until a test finishes it."""
 
@@ -138,6 +152,9 @@ class FakeCluster:
             "worker-003": worker_view("worker-003", "offline", reported=False),
         }
         self.plans: dict[str, Plan] = {}
+        self.registry = enrol.Registry()
+        for number, voter in ((1, True), (2, False)):
+            self.registry.save(host(f"gpu-{number}-00000{number}", voter=voter))
         self.changed = trio.Event()
         self.journal: list[Event] = []
         self.kept_from = 1
@@ -149,6 +166,8 @@ class FakeCluster:
         self.tokens: dict[str, list[command.StreamItem]] = {}
         self.counted: tuple[int, int] | None = None
         self.record = True
+        self.quota = Quota()
+        self.stale_s: float | None = None  # how old what `read` answers is
         self.instant = False  # tasks are finished as soon as they are submitted
 
     # ------------------------------------------------------------ what tests do
@@ -235,6 +254,56 @@ class FakeCluster:
         except trio.Cancelled:
             self.cancelled += 1
             raise
+
+    async def read(self, query: command.Query) -> tuple[Any, float | None]:
+        return await self.call(query), self.stale_s
+
+    async def spend(self, ask: Spend) -> Verdict | None:
+        return self.quota.windows.check(ask.key_id, self.clock.now(), ask.per_hour, ask.per_minute)
+
+    async def _KeepTicket(self, request: KeepTicket) -> Any:
+        return self.quota.answer(request, self.clock.now())
+
+    async def _RedeemTicket(self, request: RedeemTicket) -> Any:
+        return self.quota.answer(request, self.clock.now())
+
+    async def _CreateJoinToken(self, request: enrol.CreateJoinToken) -> enrol.NewJoinToken:
+        made = enrol.JoinToken(
+            token_id=request.token_id,
+            secret_sha256=request.secret_sha256,
+            created_at=self.clock.wall(),
+            expires_at=self.clock.wall() + request.ttl_s,
+            created_by=request.created_by,
+            voter=request.voter,
+        )
+        return enrol.NewJoinToken(token=made, ca_sha256="c" * 64)
+
+    async def _ListHosts(self, request: enrol.ListHosts) -> tuple[enrol.HostView, ...]:
+        known = [
+            enrol.HostView(peer_id=each.peer_id, status="online", host=each)
+            for each in self.registry.hosts.values()
+        ]
+        revoked = [
+            enrol.HostView(peer_id=each.peer_id, status="revoked", revocation=each)
+            for each in self.registry.revocations.values()
+        ]
+        return (*known, *revoked)
+
+    async def _RevokeHost(self, request: enrol.RevokeHost) -> enrol.Revocation:
+        if request.name not in self.registry.hosts:
+            raise NotFound(f"there is no host `{request.name}`", code="host_not_found")
+        if request.name == "gpu-1-000001":
+            raise Conflict(f"{request.name} leads now", code="host_leads")
+        self.registry.drop(self.registry.hosts[request.name])
+        revocation = enrol.Revocation(
+            peer_id=request.name,
+            serials=("5eed",),
+            revoked_at=self.clock.wall(),
+            revoked_by=request.revoked_by,
+            until=self.clock.wall() + 1_000,
+        )
+        self.registry.save(revocation)
+        return revocation
 
     def _view(self, task_id: str) -> command.TaskView:
         try:
@@ -458,12 +527,15 @@ class FakeCluster:
                 raise self.failure
             await self.changed.wait()
 
-    def events(self, since: int | None) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
+    def events(
+        self, since: int | None, client: Client | None = None
+    ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         @asynccontextmanager
         async def open_events() -> AsyncIterator[AsyncIterator[Event]]:
             if since is not None and since + 1 < self.kept_from:
                 raise Compacted("Those events are no longer kept")
-            yield self._events(len(self.journal) if since is None else since)
+            with self.quota.socket(client):
+                yield self._events(len(self.journal) if since is None else since)
 
         return open_events()
 

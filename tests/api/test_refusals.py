@@ -76,6 +76,9 @@ def test_every_route_but_the_probes_needs_a_key(server: RunningServer) -> None:
         ("operate", "POST", "/workers/worker-001/restart", 200),
         ("operate", "POST", "/tasks", 401),
         ("operate", "GET", "/keys", 401),
+        ("operate", "POST", "/cluster/tokens", 401),
+        ("operate", "DELETE", "/cluster/hosts/x", 401),
+        ("read", "GET", "/cluster/hosts", 200),
         ("admin", "GET", "/keys", 200),
     ],
 )
