@@ -10,7 +10,7 @@ import hmac
 import ipaddress
 import re
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 from peer.state.base import Record
 
@@ -28,6 +28,8 @@ HOSTS_MAX: Final = 10_000
 ADDRESSES_MAX: Final = 8  # of one host
 ADDRESS_CHARS_MAX: Final = 253
 CSR_CHARS_MAX: Final = 4_096
+
+HostStatus = Literal["online", "offline", "revoked"]
 
 _PEER_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")
 _HOST_NAME = re.compile(r"(?=.*[A-Za-z])[A-Za-z0-9_]([A-Za-z0-9._-]*[A-Za-z0-9])?\Z")
@@ -138,10 +140,10 @@ class NewJoinToken(Record, frozen=True):
 
 
 class HostView(Record, frozen=True):
-    """`status` is online, offline or revoked. Of a revoked host no more is known than that."""
+    """Of a revoked host no more is known than that."""
 
     peer_id: str
-    status: str
+    status: HostStatus
     host: Host | None = None
     revocation: Revocation | None = None
 
