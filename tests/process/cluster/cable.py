@@ -5,6 +5,7 @@ no netem. With PACKET_VNET_HDR frames go on as they come, also those whose check
 larger than what a wire carries.
 """
 
+import contextlib
 import select
 import socket
 import sys
@@ -36,10 +37,8 @@ def carry(delay_s: float, one: socket.socket, other: socket.socket) -> None:
         now = time.monotonic()
         while waiting and waiting[0][0] <= now:
             _, target, frame = waiting.popleft()
-            try:
+            with contextlib.suppress(OSError):  # the port is down or full: a lost frame
                 target.send(frame)
-            except OSError:
-                pass  # the port is down or full: a lost frame
         readable, _, _ = select.select([one, other], [], [], waiting[0][0] - now if waiting else None)
         due = time.monotonic() + delay_s
         for source in readable:

@@ -71,7 +71,7 @@ class Namespace:
     def _entered(self) -> bool:
         assert self._holder.poll() is None, f"the namespace of {self.name} cannot be made"
         with suppress(psutil.Error):
-            return psutil.Process(self.pid).name() == "sleep"
+            return str(psutil.Process(self.pid).name()) == "sleep"
         return False
 
     @property
@@ -196,7 +196,9 @@ class Network:
         self._own = f"blip{os.getpid()}{chr(ord('a') + number % 26)}"
         self.switch = Namespace("switch")
         try:
-            self.switch.run(["ip", "-batch", "-"], stdin="link set lo up\nlink add sw type bridge\nlink set sw up\n")
+            self.switch.run(
+                ["ip", "-batch", "-"], stdin="link set lo up\nlink add sw type bridge\nlink set sw up\n"
+            )
             self._ip(f"link add {self._own} type veth peer name test netns {self.switch.pid}")
             self._ip(f"addr add {self.address}/24 dev {self._own}", f"link set {self._own} up")
             self.plug("test")
@@ -206,7 +208,11 @@ class Network:
 
     def _ip(self, *lines: str) -> None:
         done = subprocess.run(
-            ["ip", "-batch", "-"], input="\n".join(lines) + "\n", capture_output=True, text=True, timeout=RUN_S_MAX
+            ["ip", "-batch", "-"],
+            input="\n".join(lines) + "\n",
+            capture_output=True,
+            text=True,
+            timeout=RUN_S_MAX,
         )
         assert done.returncode == 0, f"ip: {lines}: {done.stderr}"
 
@@ -216,8 +222,10 @@ class Network:
         name = f"h{number}"
         host = Host(name, f"{self._prefix}.{number}", self.folder / name, disk_bytes)
         self.hosts.append(host)
-        self._ip(f"link add {self._own}t type veth peer name eth0 netns {host.pid}",
-                 f"link set {self._own}t netns {self.switch.pid} name {name}")
+        self._ip(
+            f"link add {self._own}t type veth peer name eth0 netns {host.pid}",
+            f"link set {self._own}t netns {self.switch.pid} name {name}",
+        )
         host.run(
             ["ip", "-batch", "-"],
             stdin=f"addr add {host.address}/24 dev eth0\nlink set eth0 up\n",

@@ -133,7 +133,10 @@ def test_loss_loses_about_so_many(net: Network, bad: Faults) -> None:
     )
     counting = h2.popen([sys.executable, "-c", count], log)
     poll("it counts", lambda: "up" in log.read_text())
-    send = f"import socket; s = socket.socket(type=socket.SOCK_DGRAM)\nfor _ in range(1000): s.sendto(b'x', ({h2.address!r}, 9002))"
+    send = (
+        "import socket; s = socket.socket(type=socket.SOCK_DGRAM)\n"
+        f"for _ in range(1000): s.sendto(b'x', ({h2.address!r}, 9002))"
+    )
     h1.run([sys.executable, "-c", send])
     assert counting.wait(10.0) == 0
     arrived = int(log.read_text().split()[-1])
@@ -152,7 +155,9 @@ def test_a_delay_is_both_ways_and_whole(net: Network, bad: Faults) -> None:
     h1, h2, h3 = net.hosts
     bad.delay(h1, 0.2)
     began = time.monotonic()
-    assert asks(h2, h1, 5.0) == "answered"  # 100 kB each way, the hand-shake and the data: two round trips and more
+    assert (
+        asks(h2, h1, 5.0) == "answered"
+    )  # 100 kB each way, the hand-shake and the data: two round trips and more
     took = time.monotonic() - began
     assert took > 0.8
     assert asks(h2, h3) == "answered"

@@ -1,0 +1,41 @@
+"""One fault after the other on one cluster, each followed by its checks, and what is told of it."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+from tests.process.cluster.cluster import Cluster
+from tests.process.cluster.scenarios import Scenario
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """`gap_s`: the longest time without an acknowledged task, from the fault until all was well."""
+
+    fault: str
+    target: str
+    gap_s: float
+    settled_s: float
+    requeued: int
+    tasks: int
+    epochs: int
+
+
+def perform(cluster: Cluster, scenario: Scenario, chance: random.Random) -> Round:
+    """Do it, wait until the cluster is whole, check. Fails with what is wrong."""
+    before = cluster.epoch()
+    began = time.monotonic()
+    target = scenario.run(cluster, chance)
+    over = time.monotonic()
+    cluster.settle()
+    now = time.monotonic()
+    epoch = cluster.epoch()
+    assert epoch >= before, f"the epoch fell from {before} to {epoch}"
+    if epoch > before:
+        for member in cluster.members:
+            cluster.write_is_refused(member, before)
+    tasks, requeued = cluster.check()
+    gap_s = cluster.history.gap_s(began, now)
+    return Round(scenario.name, target, gap_s, now - over, requeued, tasks, epoch - before)
