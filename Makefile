@@ -1,8 +1,10 @@
 # make demo    a peer, a real model, a generated text, and everything stopped again
 # make run     the same peer in the foreground at http://127.0.0.1:8000
+# make cluster three peers with Serf and etcd on 127.0.0.1 to 127.0.0.3, until Ctrl-C
 # make test    all that the tests need, then style, types, imports and tests
 # make simulate        failure simulations: 300 bad days of whole clusters, 500 of their decisions alone
 # make simulate-night  twenty times as many, and how many seeds each known bug takes to be found
+# make chaos   200 faults on a real cluster, drawn by a seed, and a table of them; needs root (ARGS='--faults 50 --seed 7')
 # make lint    style, types and imports only
 # make bench   measurements beside other programs, in environments of their own (ARGS=--quick: a short round)
 # make clean   remove caches, build outputs and the demo's data
@@ -13,7 +15,7 @@ export PYTHON
 BIN := .venv/bin
 # The tests that cover every branch of peer/state and peer/decide, which is asserted.
 PURE := tests/state tests/decide tests/leader tests/executor/test_judgements.py
-.PHONY: demo run test simulate simulate-night lint bench clean
+.PHONY: demo run cluster test simulate simulate-night chaos lint bench clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -23,6 +25,10 @@ demo:
 run:
 	@.ci/setup demo
 	@$(BIN)/bitinglip up --data-dir .data/demo --api 127.0.0.1:8000 --device CPU --model smollm2-135m
+
+cluster:
+	@.ci/setup cluster
+	@$(BIN)/bitinglip cluster
 
 test:
 	@.ci/setup test
@@ -46,6 +52,10 @@ simulate-night:
 	$(BIN)/bitinglip simulate --level world --seeds 6000 --first 1000
 	$(BIN)/bitinglip simulate --level policy --bugs
 	$(BIN)/bitinglip simulate --level world --bugs
+
+chaos:
+	@.ci/setup test
+	$(BIN)/python -m tests.process.cluster.chaos $(ARGS)
 
 lint:
 	@.ci/setup test

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
@@ -13,6 +13,7 @@ import trio
 from peer import limits
 from peer.decide import members
 from peer.decide.quota import Quota
+from peer.decide.voters import Bounds
 from peer.election import Election, Leadership
 from peer.errors import BitinglipError, Unavailable
 from peer.establish import load_snapshot
@@ -30,12 +31,14 @@ from peer.state.enrol import Revocation
 from peer.state.member import Member
 from peer.state.model import Model
 from peer.state.order import Order, Report
-from peer.state.snapshot import Policy
+from peer.state.snapshot import Policy, Snapshot
 from peer.streams import StreamHub
 from peer.version import VERSION
+from peer.voters import VoterKeeper
 
 log = structlog.get_logger("peer")
 
+_ELSEWHERE: Final = "the store is not run by this cluster: what the loss of a host means depends on it"
 _LOADING_S_MAX: Final = 60.0  # a new leader reads the store
 
 
@@ -50,6 +53,7 @@ class Identity:
     policy: Policy
     catalogue: Mapping[str, Model]
     wire_versions: tuple[int, int] = (wire.WIRE, wire.WIRE_MIN)
+    voters: Bounds = field(default_factory=Bounds)
 
 
 class ClusterPeer:
@@ -298,13 +302,15 @@ class ClusterPeer:
 
             leader.on_shared = share
             share()
-            await self._serve(leader, journal, leadership.epoch)
+            await self._serve(leader, journal, leadership.epoch, snapshot, followers)
         finally:
             followers.farewell("it leads no more")
             self._followers = None
             self._announce(epoch=0)
 
-    async def _serve(self, leader: Leader, journal: Journal, epoch: int) -> None:
+    async def _serve(
+        self, leader: Leader, journal: Journal, epoch: int, snapshot: Snapshot, followers: Followers
+    ) -> None:
         log.info("leading", peer_id=self._identity.peer_id, epoch=epoch)
         self._announce(epoch)
         self.leader, self.journal = leader, journal
@@ -312,8 +318,15 @@ class ClusterPeer:
             leader.rumour(member.peer_id, member.status)
         self.executor.report_all()
         self._began_leading.set()
+        snapshot.outlook = _ELSEWHERE
         try:
-            await leader.run()
+            async with trio.open_nursery() as nursery:
+                if self._voting is not None:
+                    keeper = VoterKeeper(
+                        snapshot, self._voting, followers, self._clock, self._identity.voters
+                    )
+                    nursery.start_soon(keeper.run)
+                await leader.run()
         except BaseExceptionGroup as group:
             errors, others = group.split(BitinglipError)
             if errors is None or others is not None:  # cancelled, for one: then the errors are of no interest

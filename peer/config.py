@@ -20,7 +20,39 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class Cluster(Section, frozen=True):
-    name: str = "biting-lip-cluster"
+    name: str = "biting-lip-cluster"  # of a single node; a host that has joined a cluster shows that one's
+    voters: tuple[str, ...] = ()  # peers that may run a store member; none: all that joined as such
+    voters_wanted: int = 0  # 1, 3 or 5; 0: 3 as soon as there are as many, else 1
+    voter_dead_s: float = 600.0  # a voter that is away for so long is replaced, if it can be
+    lost_share_max: float = 0.34  # of the peers; more are not given up at once without confirmation
+
+
+class Link(Section, frozen=True):
+    """Between peers; only in a cluster. `advertise` "": the first address of this host's certificate."""
+
+    bind: str = "0.0.0.0:8001"
+    advertise: str = ""
+
+
+class Gossip(Section, frozen=True):
+    """Serf. `agent`: the RPC address of one that runs already; "": the peer runs its own."""
+
+    bind: str = "0.0.0.0:7946"
+    advertise: str = ""
+    rpc: str = "127.0.0.1:7373"
+    seeds: tuple[str, ...] = ()  # gossip addresses of other hosts, besides those known from joining
+    retry_s: float = 2.0  # between two tries to find them
+    agent: str = ""
+    agent_key_file: str = ""
+
+
+class Store(Section, frozen=True):
+    """etcd, on voters. `member`: the client address of one that runs already; "": the peer runs its own."""
+
+    bind: str = "0.0.0.0:2380"
+    advertise: str = ""
+    member: str = ""
+    heartbeat_s: float = 0.1  # about the longest round trip between voters; an election takes ten
 
 
 class Tls(Section, frozen=True):
@@ -102,6 +134,9 @@ class Log(Section, frozen=True):
 class Config(Section, frozen=True):
     data_dir: str = ""  # "": $XDG_STATE_HOME/bitinglip, for root /var/lib/bitinglip
     cluster: Cluster = Cluster()
+    link: Link = Link()
+    gossip: Gossip = Gossip()
+    store: Store = Store()
     api: Api = Api()
     engine: Engine = Engine()
     models: Models = Models()
@@ -116,6 +151,11 @@ RELOADABLE = frozenset({"limits", "retention", "alerts", "log", "models"})  # by
 
 # What a number may be: the lowest and the highest value, both allowed. Every number has its entry.
 BOUNDS: dict[str, tuple[float, float]] = {
+    "cluster.voters_wanted": (0, 5),
+    "cluster.voter_dead_s": (30, 30 * 86_400),
+    "cluster.lost_share_max": (0, 1),
+    "gossip.retry_s": (1, 600),
+    "store.heartbeat_s": (0.01, 5),
     "api.body_bytes_max": (1_024, 1024**3),
     "engine.slots": (1, 256),
     "engine.memory_limit_bytes": (0, 1024**5),
@@ -138,4 +178,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "alerts.memory_clear_percent": (0, 100),
     "drain_s": (0, 3_600),
 }
-PATHS = frozenset({"data_dir", "api.tls.certificate", "api.tls.key", "models.catalogue", "models.directory"})
+PATHS = frozenset(
+    {
+        "data_dir",
+        "gossip.agent_key_file",
+        "api.tls.certificate",
+        "api.tls.key",
+        "models.catalogue",
+        "models.directory",
+    }
+)

@@ -1,4 +1,7 @@
-"""The composition root: builds a peer out of its parts, starts and stops it, and reloads its configuration."""
+"""The composition root: builds a peer out of its parts, starts and stops it, and reloads its configuration.
+
+A host that has joined a cluster (`bitinglip init`, `bitinglip join`) runs a peer of it; any other is one for itself.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,12 @@ import json
 import os
 import secrets
 import signal
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 import structlog
@@ -21,23 +25,21 @@ from api.serve import serve
 from peer import identity, limits, logs
 from peer.adapters.catalogue import read_catalogue
 from peer.adapters.clock import SystemClock, SystemEntropy
+from peer.adapters.cluster_files import ClusterFiles
 from peer.adapters.devices import find_devices
 from peer.adapters.engine_process import EngineProcess
 from peer.adapters.fetch import Fetcher
-from peer.adapters.local_link import LeaderSink, LocalLink
 from peer.adapters.sqlite_store import SqliteStore
-from peer.adapters.telemetry import open_telemetry
+from peer.adapters.telemetry import Telemetries, open_telemetry
 from peer.adapters.telemetry_host import Host
+from peer.cluster_host import open_cluster_host
 from peer.config import RELOADABLE, Config
 from peer.decide.admit import nearest
 from peer.engines import Device
-from peer.errors import BitinglipError, ConfigError
-from peer.establish import load_snapshot, take_leadership
+from peer.errors import BitinglipError, ConfigError, Unavailable
 from peer.executor import Executor
-from peer.journal import Journal
-from peer.leader import Leader
-from peer.ports import Store
-from peer.service import LocalCluster
+from peer.ports import Cluster, ReportSink
+from peer.single_peer import SinglePeer
 from peer.state import key as keys
 from peer.state.command import AssignModel, CreateKey, ListWorkers, WorkerView
 from peer.state.key import ApiKey
@@ -48,6 +50,8 @@ from peer.streams import StreamHub
 log = structlog.get_logger("node")
 
 _POLL_S = 0.1
+_RETRY_S = 1.0  # after a call that no leader answered
+_FIRST_LEADER_S_MAX = 20.0  # until there is one: then the peer serves without
 _ADMIN = "admin"
 
 
@@ -61,15 +65,28 @@ class NodeInfo:
     peer_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """The running parts that stopping and reloading need."""
+class Served(Cluster, Protocol):
+    not_ready: str
+    """Why requests are not to come here now, "" if they are."""
 
-    leader: Leader
-    executor: Executor
-    cluster: LocalCluster
-    app: ApiApp
-    no_more_requests: trio.Event
+
+class Peer(Protocol):
+    """What runs on this host: peer.single_peer.SinglePeer or peer.cluster_peer.ClusterPeer."""
+
+    @property
+    def executor(self) -> Executor: ...
+    @property
+    def cluster(self) -> Served: ...
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Until cancelled."""
+
+    async def drain(self, limit_s: float) -> bool:
+        """Before the end: take no new runs, wait for those that are there, end the engines. False if some were cut
+        off at the limit."""
+
+    def configure(self, policy: Policy, catalogue: Mapping[str, Model]) -> None:
+        """Take a reloaded configuration."""
 
 
 def policy_of(config: Config) -> Policy:
@@ -81,6 +98,7 @@ def policy_of(config: Config) -> Policy:
         retention_count=config.retention.count,
         events_kept=config.retention.events,
         memory_reserve_bytes=config.engine.memory_reserve_bytes,
+        lost_share_max=config.cluster.lost_share_max,
     )
 
 
@@ -104,16 +122,8 @@ async def run_node(
     _require_known(wanted, catalogue)
     devices = find_devices(config.engine.devices)
     with identity.exclusive(data_dir), trio.open_signal_receiver(*_SIGNALS) as signals:
-        clock = SystemClock()
-        async with trio.open_nursery() as storing:
-            store = await SqliteStore.open(data_dir / identity.STORE_FILE, storing, clock=clock)
-            try:
-                node = _Node(config, data_dir, catalogue, devices, store, clock)
-                await node.serve(signals, wanted, on_ready, reload)
-            finally:
-                with trio.CancelScope(shield=True):
-                    await store.aclose()
-                storing.cancel_scope.cancel()
+        node = _Node(config, data_dir, catalogue, devices)
+        await node.serve(signals, wanted, on_ready, reload)
     log.info("stopped")
     return 0
 
@@ -133,21 +143,16 @@ class _Node:
     """One life of a peer, from an open store to the end of its last task."""
 
     def __init__(
-        self,
-        config: Config,
-        data_dir: Path,
-        catalogue: Mapping[str, Model],
-        devices: tuple[Device, ...],
-        store: Store,
-        clock: SystemClock,
+        self, config: Config, data_dir: Path, catalogue: Mapping[str, Model], devices: tuple[Device, ...]
     ) -> None:
         self._config = config
         self._data_dir = data_dir
         self._catalogue = catalogue
         self._devices = devices
-        self._store = store
-        self._clock = clock
+        self._clock = SystemClock()
         self._entropy = SystemEntropy()
+        self._files = ClusterFiles(data_dir)
+        self._in_a_cluster = self._files.belonging() is not None
 
     async def serve(
         self,
@@ -156,79 +161,94 @@ class _Node:
         on_ready: Callable[[NodeInfo], None] | None,
         reload: Callable[[], Config] | None,
     ) -> None:
-        peer = await self._build()
         peer_file = self._data_dir / identity.PEER_FILE
+        no_more_requests = trio.Event()
+        telemetries = await open_telemetry(self._devices)
         try:
-            async with trio.open_nursery() as leading:
-                await leading.start(peer.leader.run)
-                await self._ensure_admin_key(peer.leader)
+            async with self._open_peer(telemetries) as peer, trio.open_nursery() as running:
+                await running.start(peer.run)
+                app = create_app(peer.cluster, self._config, self._clock)
                 async with trio.open_nursery() as serving:
-                    bound = await serving.start(
-                        partial(serve, peer.app, self._config, shutdown=peer.no_more_requests)
-                    )
-                    info = self._announce(bound, peer.executor.peer_id, peer_file)
-                    peer.cluster.not_ready = ""
-                    if on_ready is not None:
-                        on_ready(info)
-                    async with trio.open_nursery() as executing:
-                        ended = trio.Event()
-                        executing.start_soon(self._execute, peer.executor, ended)
+                    bound = await serving.start(partial(serve, app, self._config, shutdown=no_more_requests))
+                    async with trio.open_nursery() as meanwhile:
+                        await self._admin_key(peer.cluster, meanwhile)
+                        info = self._announce(bound, peer.executor.peer_id, peer_file)
+                        peer.cluster.not_ready = ""
+                        if on_ready is not None:
+                            on_ready(info)
                         for name in wanted:
-                            executing.start_soon(self._preload, peer.leader, name)
-                        await self._wait_for_stop(signals, peer, reload)
-                        executing.start_soon(self._second_signal, signals, executing.cancel_scope)
-                        await self._drain(peer)
-                        peer.executor.stop()
-                        with trio.move_on_after(limits.ENGINE_STOP_S_MAX + 1.0):
-                            await ended.wait()
-                        executing.cancel_scope.cancel()
-                    peer.no_more_requests.set()
-                leading.cancel_scope.cancel()
+                            meanwhile.start_soon(self._preload, peer, name)
+                        await self._wait_for_stop(signals, peer, app, reload)
+                        meanwhile.start_soon(self._second_signal, signals, meanwhile.cancel_scope)
+                        peer.cluster.not_ready = "this peer is stopping"
+                        await peer.drain(self._config.drain_s)
+                        meanwhile.cancel_scope.cancel()
+                    no_more_requests.set()
+                running.cancel_scope.cancel()
         finally:
             peer_file.unlink(missing_ok=True)
-            await self._close_telemetry()
+            await telemetries.close()
 
     # ---------------------------------------------------------------- building
 
-    async def _build(self) -> Peer:
-        config, clock = self._config, self._clock
-        peer_id = identity.peer_id(self._data_dir)
-        epoch = await take_leadership(self._store, peer_id)
-        snapshot = await load_snapshot(
-            self._store,
-            epoch,
-            peer_id=peer_id,
-            cluster_id=config.cluster.name,
-            policy=policy_of(config),
+    def _open_peer(self, telemetries: Telemetries) -> AbstractAsyncContextManager[Peer]:
+        executor = partial(self._executor, telemetries)
+        if not self._in_a_cluster:
+            return self._open_single(executor)
+        return open_cluster_host(
+            self._config,
+            self._data_dir,
+            executor,
+            policy=policy_of(self._config),
             catalogue=self._catalogue,
-            clock=clock,
+            clock=self._clock,
+            entropy=self._entropy,
         )
-        telemetries = await open_telemetry(self._devices)
-        self._close_telemetry: Callable[[], Awaitable[None]] = telemetries.close
-        streams = StreamHub(clock)
-        sink = LeaderSink()
-        models_dir = Path(config.models.directory or self._data_dir / "models")
-        executor = Executor(
-            peer_id,
+
+    @asynccontextmanager
+    async def _open_single(
+        self, executor: Callable[[ReportSink, StreamHub], Executor]
+    ) -> AsyncIterator[SinglePeer]:
+        async with trio.open_nursery() as storing:
+            store = await SqliteStore.open(self._data_dir / identity.STORE_FILE, storing, clock=self._clock)
+            try:
+                peer = SinglePeer(identity.peer_id(self._data_dir), executor, self._clock, self._entropy)
+                await peer.open(
+                    store,
+                    cluster_id=self._config.cluster.name,
+                    policy=policy_of(self._config),
+                    catalogue=self._catalogue,
+                )
+                yield peer
+            finally:
+                with trio.CancelScope(shield=True):
+                    await store.aclose()
+                storing.cancel_scope.cancel()
+
+    def _executor(
+        self,
+        telemetries: Telemetries,
+        sink: ReportSink,
+        streams: StreamHub,
+        epoch: int = 0,
+        remember_epoch: Callable[[int], None] | None = None,
+    ) -> Executor:
+        config = self._config
+        return Executor(
+            identity.peer_id(self._data_dir),
             telemetries.devices,
             engine=self._engine,
             telemetry=telemetries.source,
             host_info=Host(),
-            files=Fetcher(models_dir),
+            files=Fetcher(Path(config.models.directory or self._data_dir / "models")),
             sink=sink,
             streams=streams,
-            clock=clock,
+            clock=self._clock,
             thresholds=config.alerts,
             slots_max=config.engine.slots,
+            epoch=epoch,
+            remember_epoch=remember_epoch,
         )
-        journal = Journal(self._store, last=snapshot.events_next - 1)
-        link = LocalLink(executor)
-        leader = Leader(snapshot, journal, self._store, link, clock, self._entropy, streams)
-        sink.leader = leader
-        cluster = LocalCluster(leader, executor, streams, journal)
-        app = create_app(cluster, config, clock)
-        log.info("leading", peer_id=peer_id, epoch=epoch, live_tasks=len(snapshot.tasks))
-        return Peer(leader, executor, cluster, app, trio.Event())
 
     def _engine(self, worker_id: str, device: Device) -> EngineProcess:
         cache = self._data_dir / "cache" / device.label
@@ -243,12 +263,34 @@ class _Node:
             fake=msgspec.to_builtins(self._config.engine.fake),
         )
 
-    async def _ensure_admin_key(self, leader: Leader) -> None:
+    async def _admin_key(self, cluster: Cluster, nursery: trio.Nursery) -> None:
+        """See that there is one; where no leader answers for now, when one does."""
+        done = trio.Event()
+
+        async def ensure() -> None:
+            while True:
+                try:
+                    await self._ensure_admin_key(cluster)
+                    done.set()
+                    return
+                except BitinglipError as error:
+                    log.info("no_admin_key_yet", why=error.message)
+                await self._clock.sleep(_RETRY_S)
+
+        if not self._in_a_cluster:
+            await self._ensure_admin_key(cluster)
+            return
+        nursery.start_soon(ensure)
+        with trio.move_on_after(_FIRST_LEADER_S_MAX):
+            await done.wait()
+
+    async def _ensure_admin_key(self, cluster: Cluster) -> None:
         """The file's key must be in force; on the first start, or if either was lost, a new one is made."""
         token = identity.read_admin_token(self._data_dir)
         parts = keys.split(token) if token is not None else None
         if parts is not None:
-            known = leader.key(parts[0])
+            await cluster.call(ListWorkers())  # when this is answered, so are the keys known here
+            known = cluster.key(parts[0])
             if known is not None and keys.matches(known, parts[1]) and known.revoked_at is None:
                 return
         key_id, secret = secrets.token_hex(4), secrets.token_hex(32)
@@ -261,7 +303,7 @@ class _Node:
             requests_per_hour=None,
             requests_per_minute=None,
         )
-        await leader.call(CreateKey(key=key))
+        await cluster.call(CreateKey(key=key))
         identity.write_private(self._data_dir / identity.ADMIN_KEY_FILE, keys.token(key_id, secret) + "\n")
 
     def _announce(self, bound: tuple[str, int], peer_id: str, peer_file: Path) -> NodeInfo:
@@ -275,42 +317,51 @@ class _Node:
 
     # ---------------------------------------------------------------- while it runs
 
-    async def _preload(self, leader: Leader, name: str) -> None:
-        """Wish for the model, where nobody has yet, as soon as a worker is up."""
+    async def _preload(self, peer: Peer, name: str) -> None:
+        """Wish for the model, as soon as a worker is up: in a cluster on this host, which this configuration is of."""
+        mine = set(peer.executor.worker_ids)
         with trio.move_on_after(limits.ENGINE_START_S_MAX):
             while True:
-                views: tuple[WorkerView, ...] = await leader.call(ListWorkers())
-                if any(view.status in ("online", "busy") for view in views):
-                    break
+                try:
+                    views: tuple[WorkerView, ...] = await peer.cluster.call(ListWorkers())
+                    up = [
+                        view.worker.worker_id
+                        for view in views
+                        if view.status in ("online", "busy") and view.worker.worker_id in mine
+                    ]
+                    if up:
+                        where = tuple(up) if self._in_a_cluster else ()
+                        await peer.cluster.call(
+                            AssignModel(model_name=name, worker_ids=where, preload=True, priority=5)
+                        )
+                        return
+                except Unavailable as error:
+                    log.info("preload_waits", model=name, why=error.message)
+                except BitinglipError as error:
+                    log.error("preload_failed", model=name, why=error.message)
+                    return
                 await self._clock.sleep(_POLL_S)
-            try:
-                await leader.call(AssignModel(model_name=name, worker_ids=(), preload=True, priority=5))
-            except BitinglipError as error:
-                log.error("preload_failed", model=name, why=error.message)
-            return
         log.error("preload_failed", model=name, why=f"no worker was up in {limits.ENGINE_START_S_MAX:g} s")
 
-    async def _execute(self, executor: Executor, ended: trio.Event) -> None:
-        await executor.run()
-        ended.set()
-
-    async def _wait_for_stop(self, signals: Any, peer: Peer, reload: Callable[[], Config] | None) -> None:
+    async def _wait_for_stop(
+        self, signals: Any, peer: Peer, app: ApiApp, reload: Callable[[], Config] | None
+    ) -> None:
         async for number in signals:
             if number != signal.SIGHUP:
                 log.info("stopping", signal=signal.Signals(number).name, drain_s=self._config.drain_s)
                 return
             if reload is not None:
-                self._reload(peer, reload)
+                self._reload(peer, app, reload)
 
-    def _reload(self, peer: Peer, reload: Callable[[], Config]) -> None:
+    def _reload(self, peer: Peer, app: ApiApp, reload: Callable[[], Config]) -> None:
         try:
             config = reload()
             catalogue = read_catalogue(config.models.catalogue)
         except ConfigError as error:
             log.error("reload_refused", why=str(error))
             return
-        peer.leader.configure(policy_of(config), catalogue)
-        peer.app.reload(config)
+        peer.configure(policy_of(config), catalogue)
+        app.reload(config)
         peer.executor.thresholds = config.alerts
         logs.set_level(config.log.level)
         changed = [n for n in Config.__struct_fields__ if getattr(config, n) != getattr(self._config, n)]
@@ -318,19 +369,6 @@ class _Node:
         log.info("reloaded", changed=[name for name in changed if name in RELOADABLE])
         if fixed:
             log.warning("restart_needed", changed=fixed, note="these are read at the start only")
-
-    # ---------------------------------------------------------------- stopping
-
-    async def _drain(self, peer: Peer) -> None:
-        """Take no new tasks, begin none, and let those that run come to their end within the bound."""
-        peer.cluster.not_ready = "this peer is stopping"
-        peer.leader.refuse_new("this peer is stopping; try another one, or again when it is back")
-        if await peer.executor.drain(self._config.drain_s):
-            with trio.move_on_after(limits.TICK_S):
-                while peer.leader.held_tasks():
-                    await self._clock.sleep(_POLL_S / 10)
-        else:
-            log.warning("drain_ended", left=peer.leader.held_tasks(), note="they are re-queued")
 
     async def _second_signal(self, signals: Any, scope: trio.CancelScope) -> None:
         async for number in signals:

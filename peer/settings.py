@@ -17,6 +17,7 @@ import os
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -417,6 +418,25 @@ def _contradictions(config: Config, found: Mapping[str, Found]) -> Iterator[str]
                 "and would carry API keys in clear: set `api.tls.certificate` and `api.tls.key`, or say "
                 "`api.insecure: true`"
             )
+    for path in ("link.bind", "gossip.bind", "gossip.rpc", "store.bind"):
+        yield from _wrong_address(path, config, where(path), needed=True)
+    for path in ("link.advertise", "gossip.advertise", "gossip.agent", "store.advertise"):
+        yield from _wrong_address(path, config, where(path), needed=False)
+    for seed in config.gossip.seeds:
+        yield from _not_an_address("gossip.seeds", seed, where("gossip.seeds"))
+    if config.gossip.agent and not config.gossip.agent_key_file:
+        yield f"{where('gossip.agent')}: `gossip.agent` needs `gossip.agent_key_file` too"
+    with suppress(ValueError):  # it has been told above
+        if not loopback(config.gossip.rpc):
+            yield (
+                f"{where('gossip.rpc')}: `gossip.rpc`: {config.gossip.rpc} can be reached from other hosts; "
+                "it is for this peer alone: choose a loopback address"
+            )
+    if config.cluster.voters_wanted not in (0, 1, 3, 5):
+        yield (
+            f"{where('cluster.voters_wanted')}: `cluster.voters_wanted`: expected 0, 1, 3 or 5: an even number "
+            "bears no more losses than the odd one below it"
+        )
     for high, low in (("temperature_c", "temperature_clear_c"), ("memory_percent", "memory_clear_percent")):
         raised, cleared = getattr(config.alerts, high), getattr(config.alerts, low)
         if cleared >= raised:
@@ -426,6 +446,20 @@ def _contradictions(config: Config, found: Mapping[str, Found]) -> Iterator[str]
             )
     place = where("engine.devices")
     yield from (f"{place}: `engine.devices`: {text}" for text in _wrong_devices(config.engine.devices))
+
+
+def _wrong_address(path: str, config: Config, place: str, *, needed: bool) -> Iterator[str]:
+    section, _, name = path.partition(".")
+    value: str = getattr(getattr(config, section), name)
+    if value or needed:
+        yield from _not_an_address(path, value, place)
+
+
+def _not_an_address(path: str, value: str, place: str) -> Iterator[str]:
+    try:
+        split_bind(value)
+    except ValueError as error:
+        yield f"{place}: `{path}`: {error}"
 
 
 def _wrong_devices(devices: tuple[str, ...]) -> Iterator[str]:

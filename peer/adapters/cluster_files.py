@@ -36,6 +36,7 @@ class Belonging(Record, frozen=True):
     peer_id: str
     voter: bool
     seeds: tuple[str, ...] = ()
+    founder: bool = False  # it is still to begin the cluster's store
 
 
 class ClusterFiles:
@@ -85,7 +86,12 @@ class ClusterFiles:
                 voter=True,
                 gossip_key=base64.b64encode(secrets.token_bytes(GOSSIP_KEY_BYTES)).decode(),
             ),
+            founder=True,
         )
+
+    def store_founded(self) -> None:
+        """The cluster's store has begun on this host: it must never begin another, also if that one is lost."""
+        self._keep(msgspec.structs.replace(self._belonging(), founder=False))
 
     def pending_key(self) -> str:
         """The private key to ask a certificate for, the same until one has come. Raises Conflict as `found` does."""
@@ -186,15 +192,22 @@ class ClusterFiles:
             raise Unavailable("this host has not got the CA's key yet; try again", retry_after_s=2.0)
         return authority
 
-    def _join(self, key_pem: str, enrolled: Enrolled) -> Belonging:
+    def _join(self, key_pem: str, enrolled: Enrolled, *, founder: bool = False) -> Belonging:
         belonging = Belonging(
-            cluster=enrolled.cluster, peer_id=enrolled.peer_id, voter=enrolled.voter, seeds=enrolled.seeds
+            cluster=enrolled.cluster,
+            peer_id=enrolled.peer_id,
+            voter=enrolled.voter,
+            seeds=enrolled.seeds,
+            founder=founder,
         )
         write_private(self.folder / "host.pem", key_pem + enrolled.certificate)
         write_private(self.folder / "ca.pem", enrolled.ca)
         write_private(self.folder / "gossip.key", enrolled.gossip_key + "\n")
-        write_private(self.folder / "cluster.json", msgspec.json.encode(belonging).decode() + "\n")
+        self._keep(belonging)
         return belonging
+
+    def _keep(self, belonging: Belonging) -> None:
+        write_private(self.folder / "cluster.json", msgspec.json.encode(belonging).decode() + "\n")
 
     def _check_in_none(self) -> None:
         belonging = self.belonging()

@@ -29,7 +29,7 @@ from peer.errors import Conflict, Unavailable
 
 STOP_S_MAX: Final = 8.0  # a polite leave takes a second or two, up to 6 when others do not answer
 ANSWER_POLL_S: Final = 0.02
-RETRY_JOIN_S: Final = 2
+RETRY_JOIN_S: Final = 2.0
 RECONNECT_S: Final = 5  # how often a failed member is tried again, once gossip to it has ended
 
 _LEVELS = {"[WARN]": "warning", "[ERR]": "error"}
@@ -48,6 +48,7 @@ class AgentConfig(msgspec.Struct, frozen=True, kw_only=True):
     key: str
     advertise: str = ""
     seeds: Sequence[str] = ()
+    retry_s: float = RETRY_JOIN_S
     program: str = "serf"
 
 
@@ -116,7 +117,7 @@ class SerfAgent:
             "profile": "lan",  # the others are for other networks: `local` leaves stragglers for half a minute
             "log_level": "info",
             "retry_join": list(config.seeds),
-            "retry_interval": f"{RETRY_JOIN_S}s",
+            "retry_interval": f"{config.retry_s:g}s",
             "reconnect_interval": f"{RECONNECT_S}s",
             "disable_coordinates": True,
         }

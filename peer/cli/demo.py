@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,15 +11,13 @@ import click
 
 from peer.cli.common import printable
 from peer.cli.exits import CliError, Exit
+from peer.cli.own_peer import READY_S_MAX, await_ready, own_peer, with_log
 
 if TYPE_CHECKING:
     from peer.cli.client import Client
 
 MODEL = "smollm2-135m"
 PROMPT = "Why do cats purr? Answer in two sentences."
-READY_S_MAX = 60.0
-STOP_S_MAX = 45.0
-LOG_LINES = 25
 
 
 @click.command(hidden=True)
@@ -41,8 +34,9 @@ def demo(data_dir: str, device: str, model: str, prompt: str, max_tokens: int) -
     directory = Path(data_dir).absolute()
     log = directory.with_suffix(".log")
     began = time.monotonic()
-    with _peer(directory, log, device, model) as process:
-        _await_ready(process, directory, log)
+    arguments = ["--api", "127.0.0.1:0", "--config", os.devnull, "--device", device, "--model", model]
+    with own_peer(directory, log, arguments) as process:
+        await_ready(process, directory, log)
         target = find(None, str(directory / "admin.key"), str(directory), {})
         with Client(target) as client:
             print(f"the peer is ready at {target.url} after {time.monotonic() - began:.1f} s; its log: {log}")
@@ -53,69 +47,9 @@ def demo(data_dir: str, device: str, model: str, prompt: str, max_tokens: int) -
                 follow_load(client, model, [_worker(client)])
                 _generate(client, model, prompt, max_tokens)
             except CliError as error:
-                raise _with_log(error, log) from None
+                raise with_log(error, log) from None
     print(f"the peer is stopped; all of it took {time.monotonic() - began:.1f} s")
     return Exit.OK
-
-
-@contextmanager
-def _peer(directory: Path, log: Path, device: str, model: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A peer process on a free port, which ends with the block."""
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    (directory / "peer.json").unlink(missing_ok=True)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("BITINGLIP_")}
-    command = [sys.executable, "-m", "peer", "up", "--data-dir", str(directory), "--api", "127.0.0.1:0"]
-    command += ["--config", os.devnull, "--device", device, "--model", model]
-    with open(log, "wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            env=environment,
-            start_new_session=True,
-        )
-    try:
-        yield process
-        process.send_signal(signal.SIGTERM)
-        code = process.wait(STOP_S_MAX)
-        if code:
-            raise _with_log(CliError(f"the peer ended with {code}", Exit.FAILED), log)
-    except subprocess.TimeoutExpired:
-        raise CliError(f"the peer did not stop within {STOP_S_MAX:.0f} s", Exit.FAILED) from None
-    finally:
-        _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Whatever happened, nothing is left behind."""
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(STOP_S_MAX)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def _await_ready(process: subprocess.Popen[bytes], directory: Path, log: Path) -> None:
-    import httpx
-
-    from peer.cli.client import running
-
-    end = time.monotonic() + READY_S_MAX
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            raise _with_log(CliError(f"the peer ended with {process.returncode}", Exit.FAILED), log)
-        url, pid = running(directory)
-        if url is not None and pid == process.pid:
-            try:
-                if httpx.get(f"{url}/readyz", trust_env=False).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-        time.sleep(0.05)
-    raise _with_log(CliError(f"the peer is not ready after {READY_S_MAX:.0f} s", Exit.FAILED), log)
 
 
 def _worker(client: Client) -> str:
@@ -160,12 +94,3 @@ def _summary(task: dict[str, Any], first_s: float) -> None:
     tokens, seconds = result["tokens_generated"], result["processing_time_seconds"]
     rate = tokens / seconds if seconds else 0.0
     print(f"{tokens} tokens in {seconds:.2f} s: {rate:.1f} tokens/s; first text after {first_s:.2f} s")
-
-
-def _with_log(error: CliError, log: Path) -> CliError:
-    try:
-        last = log.read_text(errors="replace").splitlines()[-LOG_LINES:]
-    except OSError:
-        last = []
-    message = "\n".join([error.message, *(f"  | {printable(line)}" for line in last)])
-    return CliError(message, error.code, error.hint or f"all of its log: {log}")
