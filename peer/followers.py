@@ -10,6 +10,7 @@ from typing import Final
 
 import structlog
 import trio
+from msgspec.structs import replace
 
 from peer import limits
 from peer.errors import BitinglipError, Overloaded, Unauthorized, Unavailable
@@ -21,7 +22,7 @@ from peer.ports import Link
 from peer.state.command import Request
 from peer.state.enrol import GetAuthority, Renew
 from peer.state.order import Order
-from peer.state.voter import LinkedPeer
+from peer.state.voter import LinkedPeer, Seat
 
 log = structlog.get_logger("followers")
 
@@ -38,7 +39,7 @@ class Followers:
         self._evidence = evidence
         self._sessions: dict[str, Session] = {}
         self.linked: dict[str, LinkedPeer] = {}
-        """The peers with a session, with what they have said of their members of the store."""
+        """The peers with a session, with the members of the store that they run."""
 
     # ---------------------------------------------------------------- what the leader uses
 
@@ -57,11 +58,19 @@ class Followers:
         for session in list(self._sessions.values()):
             _post(session, shared)
 
-    def tell(self, peer_id: str, frame: wire.Frame) -> None:
-        """Say it if there is a session."""
+    def vote(self, peer_id: str, seat: Seat) -> None:
+        """The peer is to run this member of the store, if there is a session."""
+        self._seat(peer_id, seat.member_id, wire.Vote(seat=seat))
+
+    def unvote(self, peer_id: str, reason: str) -> None:
+        """The peer's member of the store is none any more."""
+        self._seat(peer_id, 0, wire.Unvote(reason=reason))
+
+    def _seat(self, peer_id: str, member_id: int, frame: wire.Frame) -> None:
         session = self._sessions.get(peer_id)
         if session is not None:
             _post(session, frame)
+            self.linked[peer_id] = replace(self.linked[peer_id], seat=member_id)
 
     def farewell(self, reason: str) -> None:
         """This peer leads no more: followers look for another leader at once."""

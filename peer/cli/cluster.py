@@ -35,10 +35,19 @@ def status(client: Client, as_json: bool) -> None:
         ("utilization", f"{found['gpu_utilization']}%"),
         ("memory", f"{found['available_memory']} of {found['total_memory']} free"),
         ("uptime", found["uptime"]),
+        ("leader", f"{found['leader']}, epoch {found['epoch']}"),
+        *([("voters", _voters(found["voters"]))] if found.get("voters") else []),
         ("peer", client.target.url),
+        ("outlook", found.get("outlook")),
     ]
     rows += [("because", reason) for reason in found.get("reasons", ())]
     pairs(rows)
+
+
+def _voters(found: list[dict[str, Any]]) -> str:
+    return ", ".join(
+        each["peer_id"] + " (learner)" * each["learner"] + " (away)" * (not each["linked"]) for each in found
+    )
 
 
 @click.command()

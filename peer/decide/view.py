@@ -26,6 +26,7 @@ from peer.state.snapshot import Snapshot
 from peer.state.task import Status, Task
 
 _SCORE_MAX = 10.0
+_ONE_NODE = "one node: if it is lost, nothing is served until it is back, and its disk has the only copy"
 
 
 # ---------------------------------------------------------------- tasks
@@ -238,4 +239,6 @@ def cluster(snapshot: Snapshot, now: float) -> ClusterStatus:
         epoch=snapshot.epoch,
         leader=snapshot.peer_id,
         reasons=reasons,
+        voters=snapshot.voters,
+        outlook=snapshot.outlook or _ONE_NODE,
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
+from peer.state.enrol import Registry
 from peer.state.voter import LinkedPeer, Seat, StoreMember, VoterView
 
 AUTOMATIC_MAX = 3
@@ -106,6 +107,13 @@ def look(roll: Roll, memory: Memory, bounds: Bounds, now: float) -> Verdict:
             peer_id for peer_id in sorted(roll.peers) if state.lasted("stray", peer_id, bounds.steady_s)
         ),
     )
+
+
+def barred(registry: Registry) -> frozenset[str]:
+    """Peers that are revoked, and those that joined with a token of no voter."""
+    return frozenset(registry.revocations) | {
+        peer_id for peer_id, host in registry.hosts.items() if not host.voter
+    }
 
 
 def owner(member: StoreMember, peers: Mapping[str, LinkedPeer]) -> str:

@@ -15,6 +15,7 @@ from peer.state.metric import WorkerMetrics
 from peer.state.model import Assignment, Model, Replica
 from peer.state.quota import Counted
 from peer.state.task import Task, TaskInput, TaskResult
+from peer.state.voter import VoterView
 from peer.state.worker import Worker, WorkerReport
 
 # ---------------------------------------------------------------- commands
@@ -265,6 +266,8 @@ class ClusterStatus(Record, frozen=True):
     epoch: int
     leader: str
     reasons: tuple[str, ...] = ()
+    voters: tuple[VoterView, ...] = ()
+    outlook: str = ""  # what the loss of a host would mean right now
 
 
 # ---------------------------------------------------------------- streams

@@ -22,6 +22,7 @@ from peer.state.model import Assignment, Draining, LoadProfile, Model, Replica
 from peer.state.plan import Plan
 from peer.state.record import encode, idempotency_key, index_keys, key_of
 from peer.state.task import TERMINAL, Idempotency, Status, Task, TaskInput
+from peer.state.voter import VoterView
 from peer.state.worker import Worker, WorkerReport
 
 
@@ -213,6 +214,8 @@ class Snapshot:
     under_way: dict[str, Plan] = field(default_factory=dict)  # plans that are not finished
     history: History = field(default_factory=History)
     index: Index = field(default_factory=Index)
+    voters: tuple[VoterView, ...] = ()  # as the leader saw them last
+    outlook: str = ""  # what a loss would mean; "" where there is one node
     events_from: int = 1  # oldest kept
     events_next: int = 1
     finished: int = 0

@@ -1,0 +1,310 @@
+"""A host's own member of the store as an etcd process that comes and goes, and the store's membership through it.
+
+`member.json` in the member's folder says which member this host runs: it is written before the member starts and gone
+before its data is put aside, so a restart goes on with the same member, or with none.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import structlog
+import trio
+
+from peer import limits
+from peer.adapters.etcd_client import EtcdClient, Member
+from peer.adapters.etcd_member import Certificates, EtcdMember, MemberConfig
+from peer.adapters.etcd_store import EtcdStore
+from peer.errors import ConfigError, Conflict, StoreBroken, Unavailable
+from peer.identity import make_folder, write_private
+from peer.ports import Store, StoreMembers
+from peer.state.base import Record
+from peer.state.voter import Seat, StoreMember
+
+log = structlog.get_logger("voting")
+
+FILE: Final = "member.json"
+DATA: Final = "data"
+ASIDE: Final = "data.aside"  # of the last member that was removed
+_ASK_S: Final = 0.1
+
+
+class _Kept(Record, frozen=True):
+    """`url` is where other members reach it, `members` every member's URL by its peer when it was added.
+
+    `member_id` 0: the first member of a new cluster, whose id is not known before it has started.
+    """
+
+    member_id: int
+    url: str
+    members: dict[str, str]
+
+
+class EtcdMembers:
+    """Implements peer.ports.StoreMembers."""
+
+    def __init__(self, client: EtcdClient, scheme: str) -> None:
+        self._client = client
+        self._scheme = scheme
+
+    async def members(self) -> tuple[StoreMember, ...]:
+        found = [_member(each) for each in await self._client.members()]
+        return tuple(sorted(found, key=lambda member: member.member_id))
+
+    async def add_learner(self, address: str) -> StoreMember:
+        added, _ = await self._client.add_learner([f"{self._scheme}{address}"])
+        return _member(added)
+
+    async def promote(self, member_id: int) -> None:
+        await self._client.promote(member_id)
+
+    async def remove(self, member_id: int) -> None:
+        await self._client.remove(member_id)
+
+
+def _member(member: Member) -> StoreMember:
+    url = member.peer_urls[0] if member.peer_urls else ""
+    return StoreMember(
+        member_id=member.member_id,
+        address=url.partition("://")[2],
+        peer_id=member.name,
+        learner=member.is_learner,
+    )
+
+
+class EtcdVoting:
+    """Implements peer.ports.Voting. `folder` is the member's own.
+
+    `address` is HOST:PORT where other members reach this host's, one that its certificate speaks for; "" if it is not
+    to have one. `listen` is the IP:PORT that it binds, the same if empty. Who shows no certificate of the authority's
+    is refused; without `certificates` nothing is proven. `token` is the same on all hosts. Raises ConfigError if what
+    stands in the folder is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        peer_id: str,
+        address: str,
+        *,
+        listen: str = "",
+        certificates: Certificates | None = None,
+        token: str = "bitinglip",
+        heartbeat_ms: int = 100,
+        election_ms: int = 1_000,
+        program: str = "etcd",
+        backoff_s: Sequence[float] = limits.RESTART_BACKOFF_S,
+    ) -> None:
+        self._folder = folder
+        self._peer_id = peer_id
+        self._address = address
+        self._listen = listen or address
+        self._certificates = certificates
+        self._scheme = "https://" if certificates is not None else "http://"
+        self._token = token
+        self._heartbeat_ms = heartbeat_ms
+        self._election_ms = election_ms
+        self._program = program
+        self._backoff_s = backoff_s
+        self._kept = self._read()  # as on the disk
+        self._wanted = self._kept
+        self._changed = trio.Event()
+        self._members: EtcdMembers | None = None
+
+    # ---------------------------------------------------------------- peer.ports.Voting
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    @property
+    def seat(self) -> int:
+        return self._wanted.member_id if self._wanted is not None else 0
+
+    @property
+    def members(self) -> StoreMembers | None:
+        return self._members
+
+    def join(self, seat: Seat) -> None:
+        if seat.member_id != self.seat:
+            log.info("joining_the_store", member_id=f"{seat.member_id:x}")
+            urls = {peer_id: f"{self._scheme}{address}" for peer_id, address in seat.members.items()}
+            self._want(_Kept(member_id=seat.member_id, url=urls[self._peer_id], members=urls))
+
+    def leave(self, reason: str) -> None:
+        if self._wanted is not None:
+            log.warning("leaving_the_store", why=reason)
+            self._want(None)
+
+    async def check(self) -> str:
+        """etcd's version. Raises Conflict for one that is not supported, Unavailable if there is none: then this host
+        cannot have a member, and its `address` should be ""."""
+        return await EtcdMember(self._config(_Kept(member_id=0, url="", members={}))).check()
+
+    def found(self) -> None:
+        """Begin a new store, with this host's as its only member. Raises Conflict if there is one here, OSError."""
+        if self._kept is not None or (self._folder / DATA).exists():
+            raise Conflict(f"{self._folder} holds a member of a store already", code="store_exists")
+        url = f"{self._scheme}{self._address}"
+        self._write(_Kept(member_id=0, url=url, members={self._peer_id: url}))
+        self._wanted = self._kept
+
+    async def run(self, begin: Callable[[Store], None], end: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            self._changed = trio.Event()
+            if self._kept != self._wanted:
+                with _broken():
+                    self._exchange()
+            if self._kept is None:
+                await self._changed.wait()
+            else:
+                await self._live(self._kept, begin, end)
+
+    # ---------------------------------------------------------------- one member's life
+
+    async def _live(
+        self, kept: _Kept, begin: Callable[[Store], None], end: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Until another member is wanted, or none."""
+        member = EtcdMember(self._config(kept), backoff_s=self._backoff_s)
+        async with trio.open_nursery() as nursery:
+            process = trio.CancelScope(shield=True)  # the last thing that ends: elections let go through it
+            client = EtcdClient(member.address)
+            store: EtcdStore | None = None
+            try:
+                with _broken():
+                    await nursery.start(self._keep, member, process)
+                if not kept.member_id:
+                    await self._learn_id(client, kept, member)
+                store = EtcdStore(member.address)
+                self._members = EtcdMembers(client, self._scheme)
+                begin(store)
+                await self._changed.wait()
+            finally:
+                self._members = None
+                with trio.CancelScope(shield=True):
+                    if store is not None:
+                        await end()  # bounded: see Election
+                        await store.aclose()
+                client.close()
+                process.cancel()
+
+    async def _keep(
+        self,
+        member: EtcdMember,
+        process: trio.CancelScope,
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        with process:
+            try:
+                await member.run(task_status=task_status)
+            except Conflict as error:
+                self.leave(error.message)
+
+    async def _learn_id(self, client: EtcdClient, kept: _Kept, member: EtcdMember) -> None:
+        """Of a new cluster's first member, once it answers."""
+        waited = 0
+        while True:
+            try:
+                member_id = (await client.status()).header.member_id
+            except Unavailable as error:
+                if waited % 100 == 0:
+                    log.info("store_not_answering_yet", why=member.child.problem or error.message)
+                waited += 1
+                await trio.sleep(_ASK_S)
+            else:
+                with _broken():
+                    self._write(msgspec.structs.replace(kept, member_id=member_id))
+                self._wanted = self._kept
+                return
+
+    def _config(self, kept: _Kept) -> MemberConfig:
+        return MemberConfig(
+            name=self._peer_id,
+            folder=self._folder,
+            peer_url=kept.url,
+            listen_url=f"{self._scheme}{self._listen}",
+            initial_cluster=kept.members,
+            existing=len(kept.members) > 1,
+            token=self._token,
+            certificates=self._certificates,
+            heartbeat_ms=self._heartbeat_ms,
+            election_ms=self._election_ms,
+            program=self._program,
+        )
+
+    # ---------------------------------------------------------------- what is on the disk
+
+    def _want(self, kept: _Kept | None) -> None:
+        self._wanted = kept
+        self._changed.set()
+
+    def _exchange(self) -> None:
+        """Put the data of the member that was aside, and write down which one is to be."""
+        (self._folder / FILE).unlink(missing_ok=True)
+        if (self._folder / DATA).exists():
+            aside = self._folder / ASIDE
+            shutil.rmtree(aside, ignore_errors=True)
+            (self._folder / DATA).rename(aside)
+            log.warning("store_data_put_aside", folder=str(aside))
+        self._kept = None
+        if self._wanted is not None:
+            self._write(self._wanted)
+
+    def _write(self, kept: _Kept) -> None:
+        make_folder(self._folder)
+        write_private(self._folder / FILE, msgspec.json.encode(kept).decode() + "\n")
+        self._kept = kept
+
+    def _read(self) -> _Kept | None:
+        file = self._folder / FILE
+        try:
+            return msgspec.json.decode(file.read_bytes(), type=_Kept)
+        except FileNotFoundError:
+            return None
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{file} is damaged: {error}") from None
+
+
+@contextmanager
+def _broken() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreBroken(f"this host's member of the store cannot be run: {error}") from error
+
+
+class ExternalVoting:
+    """Implements peer.ports.Voting with an etcd that others run, at `unix:PATH` or `HOST:PORT`.
+
+    Every peer that is told of it is a voter; its members are managed elsewhere.
+    """
+
+    address = ""
+    seat = 0
+    members: StoreMembers | None = None
+
+    def __init__(self, client_address: str) -> None:
+        self._client_address = client_address
+
+    def join(self, seat: Seat) -> None:
+        log.warning("not_joining_the_store", why="this host uses a store that others run")
+
+    def leave(self, reason: str) -> None:
+        pass
+
+    async def run(self, begin: Callable[[Store], None], end: Callable[[], Awaitable[None]]) -> None:
+        store = EtcdStore(self._client_address)
+        begin(store)
+        try:
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await end()
+                await store.aclose()
