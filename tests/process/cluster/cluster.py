@@ -49,10 +49,10 @@ class Cluster:
 
     def up(self) -> None:
         first, *others = self.members
-        made = first.bitinglip(
+        first.prepare()
+        first.bitinglip(
             "init", "--cluster", NAME, "--advertise", first.host.address, "--data-dir", str(first.data)
         )
-        first.peer_id = made["peer_id"]
         first.start()
         first.await_ready()
         self.key = first.read("admin.key")
@@ -65,10 +65,8 @@ class Cluster:
         first = self.members[0]
         token = first.bitinglip("token")["token"]
         address = member.host.address
-        joined = member.bitinglip(
-            "join", f"{first.host.address}:{LINK}", "--token", token, "--advertise", address
-        )
-        member.peer_id = joined["peer_id"]
+        member.prepare()
+        member.bitinglip("join", f"{first.host.address}:{LINK}", "--token", token, "--advertise", address)
         member.start()
         member.await_ready()
 

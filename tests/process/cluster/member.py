@@ -34,10 +34,16 @@ class Member:
         self.host = host
         self.data = host.disk / "data"
         self.url = f"http://{host.address}:{API}"
-        self.peer_id = ""
+        self.peer_id = host.name
         self.process: subprocess.Popen[bytes] | None = None
         self._config = host.folder / "bitinglip.yaml"
         self._config.write_text(yaml.safe_dump(self._settings()))
+
+    def prepare(self) -> None:
+        """Make its data folder, with a name that tells which host it is."""
+        folder = self.host.seen(self.data)
+        folder.mkdir(mode=0o700)
+        (folder / "identity.json").write_text(json.dumps({"peer_id": self.peer_id}))
 
     def _settings(self) -> dict[str, Any]:
         address = self.host.address
