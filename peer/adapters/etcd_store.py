@@ -9,6 +9,11 @@ most REQUEST_BYTES_MAX and OPERATIONS_MAX, which the member must have been start
 Errors are those of `peer.adapters.etcd_client`. Every call ends within limits.STORE_CALL_S_MAX; a read of several
 pages takes that long for each. A keepalive or revocation without an answer is Ambiguous, and safe to repeat.
 
+Revisions. A store that was copied from another one goes on where that one stood, though its etcd counts from 1: what
+this class gives out is etcd's revision plus a base, which the copy has written under BASE_KEY before all else. It is
+read before the first call that needs it, unless it is given. A revision that is no greater than the base is of the
+store before: nothing has it here, and its history is gone.
+
 Watches are served by this member alone, without a quorum: one that is cut off tells nothing and ends nothing until it
 is back. etcd itself tells who watches from exactly the revision of the last compaction of no gap, though deletions of
 that revision are gone: here that is Compacted, too, unless the compaction comes between the two requests of the entry.
@@ -32,7 +37,9 @@ from peer.adapters.fenced_commits import FencedCommits
 from peer.errors import Compacted, NotFound, StoreError, TooLarge, Unavailable
 from peer.ports import Batch, Change, Compare, KeyValue, Lease, Page, Put, TxnResult, Write
 
-REQUEST_BYTES_MAX: Final = 1_536 * 1024  # keys and values of one request; etcd's own --max-request-bytes
+REQUEST_BYTES_MAX: Final = (
+    12 * 1024 * 1024
+)  # keys and values of one request; the member's --max-request-bytes
 OPERATIONS_MAX: Final = 8_192  # of one transaction; the member's --max-txn-ops
 LEASE_S_MIN: Final = 2.0  # etcd's, with its usual election time-out
 PAGE_BYTES: Final = 1024 * 1024  # aimed at
@@ -40,6 +47,8 @@ PAGE_ITEMS_FIRST: Final = 256
 PAGE_KEYS: Final = 8_192  # without values
 TRIES_MAX: Final = 3  # of a read of pages, when its revision is compacted in between
 INTEGER_MAX: Final = 2**63 - 1
+
+BASE_KEY: Final = "revision_base"  # decimal; written once, by `peer.adapters.store_copy`
 
 _FIRST_KEY: Final = b"\0"  # no key is empty
 _TARGETS: Final = {"create_revision": "CREATE", "mod_revision": "MOD", "value": "VALUE"}
@@ -113,14 +122,24 @@ _ANY = decoder(dict[str, Any])
 class EtcdStore:
     """See the module's docstring."""
 
-    def __init__(self, address: str, *, call_s_max: float = limits.STORE_CALL_S_MAX) -> None:
+    def __init__(
+        self, address: str, *, revision_base: int | None = None, call_s_max: float = limits.STORE_CALL_S_MAX
+    ) -> None:
         self.client = EtcdClient(address, call_s_max=call_s_max)
         self._commits = FencedCommits(self)
+        self._revision_base = revision_base
 
     async def aclose(self) -> None:
         """Close all connections. Calls under way end as if the member had gone. May be called again."""
         await trio.lowlevel.checkpoint()
         self.client.close()
+
+    async def revision_base(self) -> int:
+        """What is added to etcd's revisions. Raises as a read does, also on a member that is a learner."""
+        if self._revision_base is None:
+            found = await self._ask(BASE_KEY.encode(), None)
+            self._revision_base = int(found.kvs[0].value) if found.kvs else 0
+        return self._revision_base
 
     # ------------------------------------------------------------------------------------------ reading
 
@@ -130,17 +149,18 @@ class EtcdStore:
         if limit < 0 or offset < 0 or max(limit, offset) > INTEGER_MAX:
             raise ValueError(f"limit {limit}, offset {offset}")
         first, last = start.encode() or _FIRST_KEY, end.encode()
+        base = await self.revision_base()
 
         async def read() -> Page:
             if last <= first or last == _FIRST_KEY:  # which etcd would take for "to the end" or one key
-                return Page((), (await self._ask(_FIRST_KEY, None, keys_only=True)).header.revision)
+                found = await self._ask(_FIRST_KEY, None, keys_only=True)
+                return Page((), found.header.revision + base)
             reader = _Reader(self._ask, first, last)
             if offset and not await reader.skip(offset):
-                return Page((), reader.revision)
+                return Page((), reader.revision + base)
             items = await reader.take(limit, keys_only)
-            return Page(
-                tuple(_key_value(item) for item in items), reader.revision, bool(limit) and reader.more
-            )
+            more = bool(limit) and reader.more
+            return Page(tuple(_key_value(item, base) for item in items), reader.revision + base, more)
 
         return await _while_compacted(read)
 
@@ -157,6 +177,7 @@ class EtcdStore:
 
     async def get(self, keys: Sequence[str]) -> dict[str, KeyValue]:
         wanted = [key.encode() for key in dict.fromkeys(keys) if key]
+        base = await self.revision_base()
 
         async def read() -> dict[str, KeyValue]:
             found: dict[str, KeyValue] = {}
@@ -175,7 +196,7 @@ class EtcdStore:
                 revision = revision or done.header.revision
                 for response in done.responses:
                     for item in response.response_range.kvs if response.response_range else ():
-                        found[item.key.decode()] = _key_value(item)
+                        found[item.key.decode()] = _key_value(item, base)
                 for _ in now:
                     rest.popleft()
                 if not rest:
@@ -210,21 +231,14 @@ class EtcdStore:
         self, compare: Sequence[Compare], then: Sequence[Write], orelse: Sequence[Write] = ()
     ) -> TxnResult:
         _require_sendable(compare, then, orelse)
+        base = await self.revision_base()
         request = {
-            "compare": [
-                {
-                    "key": each.key.encode(),
-                    "target": _TARGETS[each.field],
-                    "result": "EQUAL",
-                    each.field: each.value,
-                }
-                for each in compare
-            ],
+            "compare": [_comparison(each, base) for each in compare],
             "success": [_operation(write) for write in then],
             "failure": [_operation(write) for write in orelse],
         }
         done = await self.client.call("kv/txn", request, _TXN, writes=bool(then or orelse))
-        return TxnResult(done.succeeded, done.header.revision)
+        return TxnResult(done.succeeded, done.header.revision + base)
 
     async def commit(self, epoch: int, writes: Sequence[Write]) -> int:
         return await self._commits.commit(epoch, writes)
@@ -257,7 +271,12 @@ class EtcdStore:
 
     @asynccontextmanager
     async def watch(self, prefix: str, from_revision: int) -> AsyncIterator[AsyncIterator[Batch]]:
-        first = max(1, from_revision)  # to etcd 0 means: from now on
+        base = await self.revision_base()
+        if base and from_revision <= base:
+            raise Compacted(
+                f"history up to revision {base} stayed with the store that this one was copied from"
+            )
+        first = max(1, from_revision - base)  # to etcd 0 means: from now on
         key = prefix.encode()
         create = {
             "key": key or _FIRST_KEY,
@@ -266,7 +285,7 @@ class EtcdStore:
             "fragment": True,
         }
         async with self.client.stream("watch", {"create_request": create}) as lines:
-            watcher = _Watcher(lines)
+            watcher = _Watcher(lines, base)
             with trio.move_on_after(self.client.call_s_max) as scope:
                 await watcher.created()
             if scope.cancelled_caught:
@@ -350,8 +369,9 @@ async def _while_compacted(read: Callable[[], Awaitable[T]]) -> T:
 class _Watcher(AsyncIterator[Batch]):
     """Batches out of etcd's responses, which may hold several revisions, or parts of one."""
 
-    def __init__(self, lines: Lines) -> None:
+    def __init__(self, lines: Lines, base: int) -> None:
         self._lines = lines
+        self._base = base
         self._ready: deque[Batch] = deque()
         self._revision = 0  # of the batch that may not be whole yet
         self._changes: list[Change] = []
@@ -393,15 +413,24 @@ class _Watcher(AsyncIterator[Batch]):
 
     def _end_batch(self) -> None:
         if self._changes:
-            self._ready.append(Batch(self._revision, tuple(self._changes)))
+            self._ready.append(Batch(self._revision + self._base, tuple(self._changes)))
             self._changes = []
 
 
 # ------------------------------------------------------------------------------------------------ requests
 
 
-def _key_value(item: _Kv) -> KeyValue:
-    return KeyValue(item.key.decode(), item.value, item.create_revision, item.mod_revision, item.lease)
+def _key_value(item: _Kv, base: int) -> KeyValue:
+    created, modified = item.create_revision + base, item.mod_revision + base
+    return KeyValue(item.key.decode(), item.value, created, modified, item.lease)
+
+
+def _comparison(compare: Compare, base: int) -> dict[str, Any]:
+    value = compare.value
+    if isinstance(value, int) and value:  # 0 stays: the key does not exist
+        value = value - base if value > base else -1  # which no revision is
+    key, target = compare.key.encode(), _TARGETS[compare.field]
+    return {"key": key, "target": target, "result": "EQUAL", compare.field: value}
 
 
 def _operation(write: Write) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import trio
 import trio.testing
 
 from peer.adapters.etcd_client import decoder
-from peer.adapters.etcd_store import OPERATIONS_MAX, EtcdStore
-from peer.errors import Ambiguous, Compacted, Conflict, NotFound, TooLarge, Unavailable
-from peer.ports import Batch, Change, Compare, Delete, Put, Store
+from peer.adapters.etcd_store import BASE_KEY, OPERATIONS_MAX, REQUEST_BYTES_MAX, EtcdStore
+from peer.errors import Ambiguous, Compacted, Conflict, Fenced, NotFound, TooLarge, Unavailable
+from peer.ports import LEADER_KEY, Batch, Change, Compare, Delete, Put, Store
 from tests.contracts.etcd import EtcdCluster, needs_etcd, running_cluster
 from tests.contracts.model import lead, one, put, take, values
 from tests.contracts.store import StoreContract, StoreFactory
@@ -24,18 +24,19 @@ MEBIBYTE = 1024 * 1024
 
 
 class EtcdFactory(StoreFactory):
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, revision_base: int = 0) -> None:
         self.address = address
+        self.revision_base = revision_base
 
     async def open(self, nursery: trio.Nursery) -> EtcdStore:
-        return EtcdStore(self.address)
+        return EtcdStore(self.address, revision_base=self.revision_base)
 
     async def pass_time(self, seconds: float) -> None:
         await trio.sleep(seconds)
 
     async def forget_history(self, store: Store) -> None:
         assert isinstance(store, EtcdStore)
-        await store.client.compact((await store.range("", "")).revision)
+        await store.client.compact((await store.range("", "")).revision - self.revision_base)
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,54 @@ async def store(store_factory: EtcdFactory, nursery: trio.Nursery) -> AsyncItera
 
 class TestEtcdStore(StoreContract):
     """The contract."""
+
+
+class TestEtcdStoreWithABase(StoreContract):
+    """The contract, for a store that goes on where another one stood."""
+
+    @pytest.fixture
+    async def store_factory(self, store_factory: EtcdFactory) -> EtcdFactory:
+        return EtcdFactory(store_factory.address, revision_base=1_000_000_000_000)
+
+
+# ------------------------------------------------------------------------------------------------ the base
+
+
+async def test_the_base_is_read_before_the_first_call_that_needs_it(store: EtcdStore) -> None:
+    below = await put(store, BASE_KEY, b"5000")
+    for call in (
+        lambda opened: opened.get([BASE_KEY]),
+        lambda opened: opened.range(BASE_KEY, BASE_KEY + "\0"),
+        lambda opened: opened.txn((), []),
+    ):
+        opened = EtcdStore(store.client.address)
+        found = await call(opened)
+        match found:
+            case dict():
+                assert found[BASE_KEY].mod_revision == below + 5_000
+            case _:
+                assert found.revision == below + 5_000
+        await opened.aclose()
+
+
+async def test_revisions_of_before_the_base_never_match_and_have_no_history(store: EtcdStore) -> None:
+    await put(store, BASE_KEY, b"5000")
+    opened = EtcdStore(store.client.address)
+    epoch = await lead(opened)
+    assert epoch > 5_000
+    for old in (1, epoch - 5_000, 4_999, 5_000):
+        for key in (LEADER_KEY, "missing"):
+            assert not (await opened.txn([Compare(key, "create_revision", old)], [])).succeeded
+        with pytest.raises(Fenced):
+            await opened.commit(old, [Put("a", b"1")])
+        with pytest.raises(Compacted):
+            async with opened.watch("", old):
+                pass
+    assert (await opened.txn([Compare("missing", "mod_revision", 0)], [])).succeeded
+    revision = await opened.commit(epoch, [Put("a", b"1")])
+    async with opened.watch("a", epoch) as batches:
+        assert [batch.revision for batch in await take(batches, 1)] == [revision]
+    await opened.aclose()
 
 
 # ------------------------------------------------------------------------------------------------ sizes
@@ -117,8 +166,8 @@ async def test_a_large_transaction_is_one_batch(store: EtcdStore) -> None:
 async def test_what_etcd_does_not_take_is_refused_whole(store: EtcdStore) -> None:
     epoch = await lead(store)
     for writes in (
-        [Put("a", b"1"), Put("b", bytes(1_600_000))],  # refused here
-        [Put("a", b"1"), Put("b", bytes(1_572_860))],  # refused there
+        [Put("a", b"1"), Put("b", bytes(REQUEST_BYTES_MAX))],  # refused here
+        [Put("a", b"1"), Put("b", bytes(REQUEST_BYTES_MAX - 4))],  # refused there
         [Put(f"k/{number}", b"") for number in range(OPERATIONS_MAX + 1)],
     ):
         with pytest.raises(TooLarge):
