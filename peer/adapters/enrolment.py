@@ -19,6 +19,7 @@ import trio
 from peer import errors, limits
 from peer.adapters import certificates
 from peer.adapters.certificates import ENROL_ALPN
+from peer.adapters.own_addresses import own_names
 from peer.adapters.tls_frames import FrameStream, Tls
 from peer.errors import BadRequest, BitinglipError, Overloaded, RateLimited, Unauthorized, Unavailable
 from peer.ports import Clock
@@ -215,7 +216,8 @@ async def join(
 ) -> Enrolled:
     """Ask the peer at that address to let this host in; checked, and not yet written down.
 
-    `addresses`: what the certificate shall speak for; none: the address that this host is seen at from there.
+    `addresses`: what the certificate shall speak for; none: the address that this host is seen at from there, and its
+    name.
     May be asked again with the same key. Raises Unauthorized (nothing was sent if its code is "wrong_ca"), BadRequest,
     Conflict, RateLimited, Overloaded, Unavailable.
     """
@@ -234,7 +236,7 @@ async def join(
                 secret=secret,
                 peer_id=peer_id,
                 csr=certificates.request(key_pem),
-                addresses=addresses or (local,),
+                addresses=addresses or (local, *await own_names()),
             )
             await frames.send(_encode(ask))
             enrolled = _understood(await frames.receive())

@@ -1,4 +1,4 @@
-"""`bitinglip init`, `token`, `join`, `host revoke`: how hosts become a cluster, and how one is put out."""
+"""`bitinglip init`, `token`, `join`, `host`: how hosts become a cluster, who is in it, and how one is put out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from peer.cli.common import client_options, emit, emit_object, json_option, pairs, say, shown
+from peer.cli.common import client_options, emit, emit_object, json_option, pairs, say, shown, table
 from peer.cli.exits import BY_STATUS, CliError, Exit, foreseen
 from peer.errors import BitinglipError, ConfigError, Unavailable
 
@@ -29,7 +29,7 @@ advertise_option = click.option(
     "addresses",
     multiple=True,
     metavar="HOST",
-    help="A name or address that other hosts reach this one at. May be repeated.",
+    help="A name or address that other hosts reach this one at, if not its own. May be repeated.",
 )
 
 
@@ -69,14 +69,18 @@ def init(
 
 
 def _init(directory: Path, cluster: str | None, addresses: tuple[str, ...]) -> str:
+    import trio
+
     from peer import identity
     from peer.adapters.cluster_files import ClusterFiles
+    from peer.adapters.own_addresses import own_address, own_names
 
     identity.make_folder(directory)
     with identity.exclusive(directory):
         peer_id = identity.peer_id(directory)
         if cluster is not None:
-            ClusterFiles(directory).found(cluster, peer_id, addresses, time.time())
+            own = addresses or (own_address(), *trio.run(own_names))
+            ClusterFiles(directory).found(cluster, peer_id, own, time.time())
     return peer_id
 
 
@@ -165,7 +169,30 @@ def _join(
 
 @click.group()
 def host() -> None:
-    """Put hosts out of the cluster."""
+    """List the cluster's hosts, or put one out."""
+
+
+@host.command(name="list")
+@json_option
+@client_options
+def list_(client: Client, as_json: bool) -> None:
+    """List hosts, and those that are revoked."""
+    answer = client.get("/cluster/hosts")
+    if as_json:
+        emit(answer)
+        return
+    rows = [
+        (
+            each["peer_id"],
+            each["status"],
+            each["voter"],
+            each["addresses"],
+            each["certificate_expires_at"] or each["revoked_at"],
+        )
+        for each in answer.data["hosts"]
+    ]
+    columns = ("HOST", "STATUS", "MAY LEAD", "ADDRESSES", "EXPIRES OR REVOKED")
+    table(columns, rows, empty="this host is in no cluster")
 
 
 @host.command()

@@ -16,6 +16,7 @@ import trio
 
 from peer.adapters import certificates, enrolment
 from peer.adapters.cluster_files import ClusterFiles
+from peer.adapters.own_addresses import own_names
 from peer.adapters.tls_frames import FrameStream
 from peer.adapters.tls_network import TlsNetwork
 from peer.decide import enrol as decide
@@ -97,7 +98,7 @@ async def test_a_host_joins_and_is_a_peer_then(founded: ClusterFiles, newcomer: 
         assert belonging.seeds == (leader.network.address,)
         assert newcomer.gossip_key() == founded.gossip_key()
         assert newcomer.authority() is None
-        assert newcomer.credentials().addresses == ("127.0.0.1",)
+        assert newcomer.credentials().addresses == ("127.0.0.1", *await own_names())
         network = TlsNetwork("127.0.0.1:0", newcomer.credentials())
         connection = await network.dial("h1", leader.network.address)
         assert await connection.receive() == b"hello h2"

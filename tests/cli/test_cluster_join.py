@@ -1,8 +1,10 @@
-"""`init`, `token`, `join`, `host revoke`; joining goes to a real listener."""
+"""`init`, `token`, `join`, `host`; joining goes to a real listener."""
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -14,12 +16,12 @@ import trio
 from structlog.testing import capture_logs
 
 from peer import identity
-from peer.adapters import certificates
+from peer.adapters import certificates, own_addresses
 from peer.adapters.clock import SystemClock
 from peer.adapters.cluster_files import ClusterFiles
 from peer.adapters.enrolment import EnrolmentServer
 from peer.adapters.tls_network import PORT_DEFAULT, TlsNetwork
-from peer.cli import COMMANDS, cluster_join
+from peer.cli import cluster_join
 from peer.cli.exits import CliError, Exit
 from peer.errors import Unauthorized
 from peer.ports import Connection
@@ -29,12 +31,6 @@ from tests.cli.conftest import Run
 from tests.cli.stub import Stub, error
 
 ID, SECRET = "0123456789ab", "ab" * 16
-
-
-@pytest.fixture(autouse=True)
-def _commands(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("init", "token", "join", "host"):
-        monkeypatch.setitem(COMMANDS, name, ("peer.cli.cluster_join", "under test"))
 
 
 # ---------------------------------------------------------------- init
@@ -58,6 +54,32 @@ def test_init_makes_a_cluster(run: Run, tmp_path: Path) -> None:
     again = run("init", "--cluster", "other")
     assert (again.code, again.out) == (Exit.CONFLICT, "")
     assert "already" in again.err
+
+
+def test_init_finds_out_this_hosts_address(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        own_addresses, "_OUTSIDE", ((socket.AF_INET, "127.0.0.77"),)
+    )  # by way of the loopback
+    monkeypatch.setattr(socket, "gethostname", lambda: "ip6-localhost.invalid")
+    assert run("init", "--cluster", "c").code == 0
+    assert ClusterFiles(tmp_path / "data").credentials().addresses == (own_addresses.own_address(),)
+    assert own_addresses.own_address().startswith("127.")
+
+
+def test_this_hosts_address_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    ipaddress.ip_address(own_addresses.own_address())
+    monkeypatch.setattr(own_addresses, "_OUTSIDE", ((socket.AF_INET, "not an address"),))
+    assert own_addresses.own_address() == "127.0.0.1"
+
+    async def resolve(name: str, _: object) -> list[object]:
+        if name != "gpu-1":
+            raise socket.gaierror("it does not resolve")
+        return []
+
+    monkeypatch.setattr(trio.socket, "getaddrinfo", resolve)
+    for name, names in (("gpu-1", ("gpu-1",)), ("gpu-2", ()), ("localhost", ()), ("a b", ())):
+        monkeypatch.setattr(socket, "gethostname", lambda name=name: name)
+        assert trio.run(own_addresses.own_names) == names
 
 
 def test_init_of_a_single_host(run: Run, tmp_path: Path) -> None:
@@ -89,7 +111,7 @@ def test_init_while_a_peer_runs(run: Run, tmp_path: Path) -> None:
         assert run("init", "--cluster", "c").code == Exit.CONFLICT
 
 
-# ---------------------------------------------------------------- token, host revoke
+# ---------------------------------------------------------------- token, host
 
 
 def test_a_token_is_asked_of_a_peer(run: Run, stub: Stub) -> None:
@@ -114,6 +136,37 @@ def test_a_host_is_revoked(run: Run, stub: Stub) -> None:
     assert run("host", "revoke", "gpu-1-ab12cd", "--json").json == {"peer_id": "gpu-1-ab12cd"}
     stub.replies["DELETE /cluster/hosts/x"] = error(404, "there is no host `x`")
     assert run("host", "revoke", "x").code == Exit.NOT_FOUND
+
+
+def test_hosts_are_listed(run: Run, stub: Stub) -> None:
+    known = {
+        "peer_id": "gpu-1-ab12cd",
+        "status": "online",
+        "voter": True,
+        "addresses": ["10.0.0.1", "gpu-1"],
+        "enrolled_at": "2026-01-01T00:00:00Z",
+        "certificate_expires_at": "2026-01-31T00:00:00Z",
+        "revoked_at": None,
+    }
+    revoked = {
+        "peer_id": "gpu-2-ab12cd",
+        "status": "revoked",
+        "voter": None,
+        "addresses": [],
+        "enrolled_at": None,
+        "certificate_expires_at": None,
+        "revoked_at": "2026-01-02T00:00:00Z",
+    }
+    stub.replies["GET /cluster/hosts"] = (200, {"hosts": [known, revoked], "total": 2})
+    lines = run("host", "list").out.splitlines()
+    assert lines[0].split() == ["HOST", "STATUS", "MAY", "LEAD", "ADDRESSES", "EXPIRES", "OR", "REVOKED"]
+    assert lines[1].split() == [
+        "gpu-1-ab12cd", "online", "yes", "10.0.0.1,", "gpu-1", "2026-01-31T00:00:00Z",
+    ]  # fmt: skip
+    assert lines[2].split() == ["gpu-2-ab12cd", "revoked", "-", "-", "2026-01-02T00:00:00Z"]
+    assert run("host", "list", "--json").json["total"] == 2
+    stub.replies["GET /cluster/hosts"] = (200, {"hosts": [], "total": 0})
+    assert run("host", "list").out == "this host is in no cluster\n"
 
 
 # ---------------------------------------------------------------- join
