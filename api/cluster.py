@@ -6,9 +6,10 @@ from typing import Literal
 
 import msgspec
 
-from api import format, schemas
+from api import format, schemas, stale
 from api.decode import BodyDecoder
 from api.http import Call, Param, Reply, Route, query_choice
+from api.stale import STALE, STALE_HEADER
 from peer.state import command, metric, plan
 
 _encode = msgspec.json.Encoder().encode
@@ -18,28 +19,32 @@ TIMEFRAME_DEFAULT = "24h"
 
 
 async def status(call: Call) -> Reply:
-    found: command.ClusterStatus = await call.api.cluster.call(command.GetStatus())
-    return Reply(
-        _encode(
-            schemas.ClusterStatus(
-                cluster_id=found.cluster_id,
-                status=found.status,
-                total_workers=found.total_workers,
-                active_workers=found.active_workers,
-                queued_tasks=found.queued_tasks,
-                running_tasks=found.running_tasks,
-                gpu_utilization=round(found.gpu_utilization, 1),
-                total_memory=format.memory(found.total_memory_bytes),
-                available_memory=format.memory(found.available_memory_bytes),
-                uptime=format.uptime(found.uptime_s),
-                total_memory_bytes=found.total_memory_bytes,
-                available_memory_bytes=found.available_memory_bytes,
-                uptime_seconds=round(found.uptime_s, 3),
-                leader=found.leader,
-                epoch=found.epoch,
-                reasons=found.reasons,
-            )
-        )
+    found: command.ClusterStatus = await stale.read(call, command.GetStatus())
+    return stale.reply(
+        call,
+        schemas.ClusterStatus(
+            cluster_id=found.cluster_id,
+            status=found.status,
+            total_workers=found.total_workers,
+            active_workers=found.active_workers,
+            queued_tasks=found.queued_tasks,
+            running_tasks=found.running_tasks,
+            gpu_utilization=round(found.gpu_utilization, 1),
+            total_memory=format.memory(found.total_memory_bytes),
+            available_memory=format.memory(found.available_memory_bytes),
+            uptime=format.uptime(found.uptime_s),
+            total_memory_bytes=found.total_memory_bytes,
+            available_memory_bytes=found.available_memory_bytes,
+            uptime_seconds=round(found.uptime_s, 3),
+            leader=found.leader,
+            epoch=found.epoch,
+            reasons=found.reasons,
+            voters=tuple(
+                schemas.Voter(peer_id=each.peer_id, learner=each.learner, linked=each.linked)
+                for each in found.voters
+            ),
+            outlook=found.outlook,
+        ),
     )
 
 
@@ -76,8 +81,8 @@ def metrics_view(found: metric.Metrics) -> schemas.Metrics:
 
 async def metrics(call: Call) -> Reply:
     timeframe = query_choice(call.query, "timeframe", tuple(metric.TIMEFRAMES)) or TIMEFRAME_DEFAULT
-    found = await call.api.cluster.call(command.GetMetrics(timeframe=timeframe))
-    return Reply(_encode(metrics_view(found)))
+    found = await stale.read(call, command.GetMetrics(timeframe=timeframe))
+    return stale.reply(call, metrics_view(found))
 
 
 def _affected(moves: tuple[plan.Move, ...]) -> list[str]:
@@ -137,7 +142,16 @@ async def get_rebalance(call: Call) -> Reply:
 
 
 ROUTES = (
-    Route("GET", "/cluster/status", status, "read", "Status of the cluster", schemas.ClusterStatus),
+    Route(
+        "GET",
+        "/cluster/status",
+        status,
+        "read",
+        "Status of the cluster",
+        schemas.ClusterStatus,
+        query=(STALE,),
+        response_headers=(STALE_HEADER,),
+    ),
     Route(
         "GET",
         "/cluster/metrics",
@@ -145,7 +159,8 @@ ROUTES = (
         "read",
         "Measured performance over a timeframe",
         schemas.Metrics,
-        query=(Param("timeframe", Literal["1h", "24h", "7d", "30d"], "Default 24h"),),
+        query=(Param("timeframe", Literal["1h", "24h", "7d", "30d"], "Default 24h"), STALE),
+        response_headers=(STALE_HEADER,),
     ),
     Route(
         "POST",

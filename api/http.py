@@ -95,6 +95,7 @@ class Call:
         self.query: dict[str, str] = {}
         self.body = b""
         self.request_id = ""
+        self.stale_s: float | None = None  # how old the answer is, if a client takes old ones
         self.started = False
         self.body_ended = False  # nothing of the body is left to read
 

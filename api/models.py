@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-from api import format, schemas
+from api import format, schemas, stale
 from api.decode import BodyDecoder
 from api.http import Call, Reply, Route
+from api.stale import STALE, STALE_HEADER
 from api.workers import REPLICA_SHOWN
 from peer.state import command
 from peer.state.model import Replica
@@ -108,12 +109,12 @@ def worker_assignments(view: command.AssignmentView) -> schemas.WorkerAssignment
 
 
 async def assignments(call: Call) -> Reply:
-    views: tuple[command.AssignmentView, ...] = await call.api.cluster.call(command.ListAssignments())
-    return Reply(_encode(schemas.AssignmentList(assignments=[worker_assignments(view) for view in views])))
+    views: tuple[command.AssignmentView, ...] = await stale.read(call, command.ListAssignments())
+    return stale.reply(call, schemas.AssignmentList(assignments=[worker_assignments(view) for view in views]))
 
 
 async def list_models(call: Call) -> Reply:
-    views: tuple[command.ModelView, ...] = await call.api.cluster.call(command.ListModels())
+    views: tuple[command.ModelView, ...] = await stale.read(call, command.ListModels())
     models = [
         schemas.CatalogueModel(
             name=view.model.name,
@@ -133,11 +134,20 @@ async def list_models(call: Call) -> Reply:
         )
         for view in views
     ]
-    return Reply(_encode(schemas.ModelList(models=models, total=len(models))))
+    return stale.reply(call, schemas.ModelList(models=models, total=len(models)))
 
 
 ROUTES = (
-    Route("GET", "/models", list_models, "read", "The catalogue of models", schemas.ModelList),
+    Route(
+        "GET",
+        "/models",
+        list_models,
+        "read",
+        "The catalogue of models",
+        schemas.ModelList,
+        query=(STALE,),
+        response_headers=(STALE_HEADER,),
+    ),
     Route(
         "POST",
         "/models/assign",
@@ -165,5 +175,7 @@ ROUTES = (
         "read",
         "Models on workers, and those that are to be",
         schemas.AssignmentList,
+        query=(STALE,),
+        response_headers=(STALE_HEADER,),
     ),
 )

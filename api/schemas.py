@@ -89,6 +89,12 @@ class Answer(msgspec.Struct, kw_only=True):
     """Base of answers."""
 
 
+class Read(Answer, kw_only=True):
+    """Base of what may be an old answer, where a client takes one."""
+
+    stale_seconds: float | UnsetType = UNSET
+
+
 class Health(Answer):
     status: Literal["healthy"]
     timestamp: str
@@ -99,7 +105,15 @@ class Probe(Answer):
     status: Literal["ok", "ready"]
 
 
-class ClusterStatus(Answer):
+class Voter(Answer):
+    """A member of the cluster's store. A learner has a copy and no vote; `linked`: it is believed to be up."""
+
+    peer_id: str
+    learner: bool
+    linked: bool
+
+
+class ClusterStatus(Read):
     cluster_id: str
     status: str  # operational, degraded, down
     total_workers: int
@@ -116,6 +130,8 @@ class ClusterStatus(Answer):
     leader: str
     epoch: int
     reasons: tuple[str, ...]
+    voters: tuple[Voter, ...]
+    outlook: str  # what the loss of a host would mean right now
 
 
 class GpuInfo(Answer):
@@ -157,7 +173,7 @@ class WorkerSummary(Answer):
     peer_id: str
 
 
-class WorkerList(Answer):
+class WorkerList(Read):
     """`total` counts the workers listed; `online` those that serve (online or busy)."""
 
     workers: list[WorkerSummary]
@@ -197,7 +213,7 @@ class WorkerMetrics(Answer):
     tokens_per_second: float | None
 
 
-class WorkerDetail(Answer):
+class WorkerDetail(Read):
     worker_id: str
     status: str
     gpu_info: GpuInfo
@@ -260,7 +276,7 @@ class TaskSummary(Answer):
     error: TaskError | None
 
 
-class TaskDetail(Answer):
+class TaskDetail(Read):
     task_id: str
     status: str
     assigned_worker: str | None
@@ -284,7 +300,7 @@ class TaskDetail(Answer):
     request_id: str
 
 
-class TaskList(Answer):
+class TaskList(Read):
     tasks: list[TaskSummary]
     total: int
     limit: int
@@ -334,7 +350,7 @@ class WorkerAssignments(Answer):
     models: list[AssignedModel]
 
 
-class AssignmentList(Answer):
+class AssignmentList(Read):
     assignments: list[WorkerAssignments]
 
 
@@ -357,7 +373,7 @@ class CatalogueModel(Answer):
     queued_tasks: int
 
 
-class ModelList(Answer):
+class ModelList(Read):
     models: list[CatalogueModel]
     total: int
 
@@ -420,7 +436,7 @@ class MetricValues(Answer):
     peak_tasks_per_minute: int
 
 
-class Metrics(Answer):
+class Metrics(Read):
     timeframe: str
     metrics: MetricValues
 

@@ -9,10 +9,11 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from api import format, schemas
+from api import format, schemas, stale
 from api.decode import BodyDecoder
 from api.http import ID, Call, Param, Reply, Route, query_choice, query_float, query_int
 from api.models import priority_number
+from api.stale import STALE, STALE_HEADER
 from peer import limits
 from peer.errors import BadRequest, Unavailable
 from peer.state import command
@@ -186,7 +187,7 @@ async def submit(call: Call) -> Reply:
 
 async def _wait(call: Call, task_id: str, wait_s: float) -> command.TaskView:
     query = command.GetTask(task_id=task_id, wait_s=wait_s)
-    view: command.TaskView = await call.unless_gone(lambda: call.api.cluster.call(query))
+    view: command.TaskView = await call.unless_gone(lambda: stale.read(call, query))
     return view
 
 
@@ -196,8 +197,8 @@ async def get_task(call: Call) -> Reply:
     if wait_s:
         view = await _wait(call, task_id, wait_s)
     else:
-        view = await call.api.cluster.call(command.GetTask(task_id=task_id))
-    return Reply(_encode(detail(view)))
+        view = await stale.read(call, command.GetTask(task_id=task_id))
+    return stale.reply(call, detail(view))
 
 
 async def list_tasks(call: Call) -> Reply:
@@ -208,15 +209,14 @@ async def list_tasks(call: Call) -> Reply:
     worker_id = query.get("worker_id")
     if worker_id is not None and not ID.match(worker_id):
         raise BadRequest("worker_id is not a worker's id", details={"field": "worker_id"})
-    page: command.TaskPage = await call.api.cluster.call(
-        command.ListTasks(status=status, worker_id=worker_id, limit=limit, offset=offset)
+    page: command.TaskPage = await stale.read(
+        call, command.ListTasks(status=status, worker_id=worker_id, limit=limit, offset=offset)
     )
-    return Reply(
-        _encode(
-            schemas.TaskList(
-                tasks=[summary(task) for task in page.tasks], total=page.total, limit=limit, offset=offset
-            )
-        )
+    return stale.reply(
+        call,
+        schemas.TaskList(
+            tasks=[summary(task) for task in page.tasks], total=page.total, limit=limit, offset=offset
+        ),
     )
 
 
@@ -282,7 +282,9 @@ ROUTES = (
             Param("worker_id", Annotated[str, Meta(pattern=f"^{ID.pattern}")], "Only tasks of this worker"),
             Param("limit", Annotated[int, Meta(ge=1, le=limits.PAGE_MAX)], "Default 50"),
             Param("offset", Annotated[int, Meta(ge=0, le=limits.OFFSET_MAX)], "Default 0"),
+            STALE,
         ),
+        response_headers=(STALE_HEADER,),
     ),
     Route(
         "GET",
@@ -291,8 +293,9 @@ ROUTES = (
         "read",
         "Status and result of a task",
         schemas.TaskDetail,
-        query=(WAIT,),
+        query=(WAIT, STALE),
         errors=(404,),
+        response_headers=(STALE_HEADER,),
     ),
     Route(
         "DELETE",

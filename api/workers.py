@@ -6,8 +6,9 @@ from typing import Literal
 
 import msgspec
 
-from api import format, schemas
+from api import format, schemas, stale
 from api.http import Call, Param, Reply, Route, query_choice
+from api.stale import STALE, STALE_HEADER
 from peer.state import command
 from peer.state.model import Replica, ReplicaState
 
@@ -116,30 +117,29 @@ def _is_type(view: command.WorkerView, wanted: str) -> bool:
 async def list_workers(call: Call) -> Reply:
     status = query_choice(call.query, "status", STATUSES)
     gpu_type = call.query.get("gpu_type", "").casefold()
-    views: tuple[command.WorkerView, ...] = await call.api.cluster.call(command.ListWorkers())
+    views: tuple[command.WorkerView, ...] = await stale.read(call, command.ListWorkers())
     listed = [
         view
         for view in views
         if (status is None or view.status == status) and (not gpu_type or _is_type(view, gpu_type))
     ]
     counts = {name: sum(view.status == name for view in listed) for name in STATUSES}
-    return Reply(
-        _encode(
-            schemas.WorkerList(
-                workers=[summary(view) for view in listed],
-                total=len(listed),
-                online=counts["online"] + counts["busy"],
-                offline=counts["offline"],
-                busy=counts["busy"],
-                error=counts["error"],
-            )
-        )
+    return stale.reply(
+        call,
+        schemas.WorkerList(
+            workers=[summary(view) for view in listed],
+            total=len(listed),
+            online=counts["online"] + counts["busy"],
+            offline=counts["offline"],
+            busy=counts["busy"],
+            error=counts["error"],
+        ),
     )
 
 
 async def get_worker(call: Call) -> Reply:
-    view = await call.api.cluster.call(command.GetWorker(worker_id=call.args[0]))
-    return Reply(_encode(detail(view)))
+    view = await stale.read(call, command.GetWorker(worker_id=call.args[0]))
+    return stale.reply(call, detail(view))
 
 
 async def restart_worker(call: Call) -> Reply:
@@ -168,10 +168,20 @@ ROUTES = (
         query=(
             Param("status", Literal["online", "offline", "busy", "error"], "Only workers of this status"),
             Param("gpu_type", str, "Only workers whose GPU's name contains this, or of this architecture"),
+            STALE,
         ),
+        response_headers=(STALE_HEADER,),
     ),
     Route(
-        "GET", "/workers/{worker_id}", get_worker, "read", "One worker", schemas.WorkerDetail, errors=(404,)
+        "GET",
+        "/workers/{worker_id}",
+        get_worker,
+        "read",
+        "One worker",
+        schemas.WorkerDetail,
+        query=(STALE,),
+        errors=(404,),
+        response_headers=(STALE_HEADER,),
     ),
     Route(
         "POST",

@@ -314,14 +314,15 @@ class Cluster(Protocol):
         """
 
     async def read(self, query: Query) -> tuple[Any, float | None]:
-        """Like `call` for a reader who takes an old answer where no leader can be reached: the answer that this peer had
-        last, if it has one, and its age in seconds; None: it is the leader's own of now."""
+        """Like `call`, for a reader who takes an old answer where no leader can be reached: what this peer had last, if
+        it has anything, and its age in seconds; None: it is the leader's own of now."""
 
     async def spend(self, ask: Spend) -> Verdict | None:
         """Count a request, for the whole cluster; answered within limits.COUNT_S_MAX. Never raises."""
 
     def key(self, key_id: str) -> ApiKey | None:
-        """The key as now in force, for authentication; None if there is none. Raises Unavailable where none is known yet."""
+        """The key as now in force, for authentication; None if there is none. Raises Unavailable while this peer knows
+        of no keys at all."""
 
     def models(self) -> Mapping[str, Model]:
         """The catalogue now in force."""
@@ -336,8 +337,8 @@ class Cluster(Protocol):
         self, since: int | None, client: Client | None = None
     ) -> AbstractAsyncContextManager[AsyncIterator[Event]]:
         """The journal after event `since` (None: from now on). Raises Compacted on entry if that is no longer kept,
-        and Overloaded from the iterator when the reader is too far behind. While it is open one WebSocket of `client` is
-        counted, for the whole cluster: RateLimited on entry when it has too many."""
+        and Overloaded from the iterator when the reader is too far behind. While it is open one WebSocket of `client`
+        is counted, for the whole cluster: RateLimited on entry when it has too many."""
 
     def ready(self) -> str:
         """ "" if requests are served, else why not."""

@@ -1,4 +1,4 @@
-"""The last answers that a peer has had from whoever led: for readers who take an old answer where no leader is found."""
+"""The last answers that a peer has had from whoever led: for readers who take an old one where no leader is found."""
 
 from __future__ import annotations
 

@@ -117,8 +117,8 @@ class RoutedCluster:
         return answer
 
     async def spend(self, ask: Spend) -> Verdict | None:
-        """Counted by the leader. Where none answers soon, on this peer's own count of what came to it: so its limits hold
-        on the minority side of a partition too, each peer for itself, and what needs no leader is served."""
+        """Counted by the leader. Where none answers soon, this peer's own count of what came to it decides: so limits
+        hold on the minority side of a partition too, each peer for itself, and what needs no leader is served."""
         leader = self._leading.leader
         if leader is not None:
             return leader.spend(ask)
@@ -214,7 +214,8 @@ def _is_repeatable(request: Request) -> bool:
 
 def _no_leader() -> Unavailable:
     return Unavailable(
-        f"this peer has found no leader for {limits.HOLD_S_MAX:g} s: it, or every peer, is cut off from the majority of the voters",
+        f"this peer has found no leader for {limits.HOLD_S_MAX:g} s: it, or every peer, is cut off from the"
+        " majority of the voters",
         code="no_leader",
         retry_after_s=5.0,
     )

@@ -132,7 +132,7 @@ class Unvote(Record, frozen=True, tag="unvote"):
 
 
 class Subscribe(Record, frozen=True, tag="subscribe"):
-    """The journal after `since`; None: from now on. An Answer tells of its end. `client` has a WebSocket for as long."""
+    """The journal after `since`; None: from now on. An Answer tells of its end. `client` has one WebSocket more."""
 
     call_id: int
     since: int | None
