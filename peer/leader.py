@@ -7,7 +7,7 @@ ran ahead of the store is thrown away with it.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -110,6 +110,8 @@ class Leader:
         self._stopping = ""
         self._over = False  # memory may be ahead of the store, or another epoch may lead
         self._sampled_at = 0
+        self.came_round_at: float | None = None
+        """When a tick last began, for a watchdog."""
         self.quota = Quota()
         self.on_shared: Callable[[], None] = lambda: None  # keys, catalogue or who is revoked have changed
 
@@ -259,6 +261,7 @@ class Leader:
 
     async def _ticks(self) -> None:
         while True:
+            self.came_round_at = trio.current_time()
             await self._batch([])
             try:
                 for _ in range(_FORGET_ROUNDS_MAX):
@@ -295,19 +298,19 @@ class Leader:
                 work.take(schedule.schedule(self._snapshot, work.now))
             work.count_ended()
             work.take(retain.forget_events(self._snapshot))
-            await self._commit(work.writes)
-            if commands and not work.writes:  # refusals and repeats tell what memory says, as queries do
+            await self._commit(work.transactions)
+            if commands and not work.transactions:  # refusals and repeats tell what memory says, as queries do
                 await self._confirm()
         await self._carry_out(work, commands)
 
-    async def _commit(self, writes: StoreWrites) -> None:
-        if not writes:
+    async def _commit(self, transactions: Sequence[StoreWrites]) -> None:
+        if not transactions:
             return
-        changes: list[Write] = [
-            Put(key, value) if value is not None else Delete(key) for key, value in writes.items()
-        ]
         self._over = True  # and stays so if this fails: then memory is ahead of the store
-        await self._commit_until_known(changes)
+        for writes in transactions:
+            await self._commit_until_known(
+                [Put(key, value) if value is not None else Delete(key) for key, value in writes.items()]
+            )
         self._over = False
 
     async def _commit_until_known(self, changes: list[Write]) -> None:
@@ -477,7 +480,7 @@ class Leader:
                 return False
             work = Batch(self._snapshot, self._clock.wall())
             work.take(retain.forget_tasks(tasks))
-            await self._commit(work.writes)
+            await self._commit(work.transactions)
         for task in tasks:
             self._answers.forget(task.task_id)
         return len(names) == limits.RETENTION_BATCH

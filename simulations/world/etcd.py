@@ -28,7 +28,7 @@ from peer.ports import (
 REVISION_EMPTY = 1  # the first write makes revision 2
 HISTORY_MAX = 10_000
 EPOCHS_MAX = 10_000
-REQUEST_BYTES_MAX = 1_572_864  # etcd's --max-request-bytes
+REQUEST_BYTES_MAX = 12 * 1024 * 1024  # as the members' --max-request-bytes
 LEASE_S_MIN = 2
 EXPIRY_LAG_S = 0.5  # etcd looks for expired leases that often
 

@@ -209,7 +209,7 @@ def test_without_space_puts_are_refused_and_the_rest_goes_on() -> None:
 def test_a_request_that_is_too_large_is_refused() -> None:
     async def test(s: Setup) -> None:
         store = s.store()
-        await fails(TooLarge, store.txn([], [Put("a", bytes(2_000_000))]))
+        await fails(TooLarge, store.txn([], [Put("a", bytes(13_000_000))]))
 
     simulated(test)
 
