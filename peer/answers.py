@@ -19,7 +19,7 @@ from peer.state.enrol import GetAuthority, ListHosts
 from peer.state.plan import Plan
 from peer.state.record import decode, list_prefix, prefix_end
 from peer.state.snapshot import Snapshot
-from peer.state.task import Status, Task, TaskResult
+from peer.state.task import Status, Task, TaskResult, stage
 from peer.streams import StreamHub
 
 _RECENT_MAX: Final = 1_000  # finished tasks kept in memory for those who wait for them
@@ -72,6 +72,7 @@ class Answers:
         self._registrar = registrar
         self._settled = settled
         self._waiting: dict[str, trio.Event] = {}  # by task
+        self._over = False
         self._recent: OrderedDict[str, asks.TaskView] = OrderedDict()
 
     # ---------------------------------------------------------------- what the leader tells
@@ -82,7 +83,11 @@ class Answers:
             self._recent[task.task_id] = asks.TaskView(task=task, result=result)
             if len(self._recent) > _RECENT_MAX:
                 self._recent.popitem(last=False)
-        waiting = self._waiting.pop(task.task_id, None)
+        self.moved(task.task_id)
+
+    def moved(self, task_id: str) -> None:
+        """It is durable that this task is finished, assigned or queued again."""
+        waiting = self._waiting.pop(task_id, None)
         if waiting is not None:
             waiting.set()
 
@@ -91,6 +96,7 @@ class Answers:
 
     def end(self) -> None:
         """This peer leads no more: who waits is told."""
+        self._over = True
         for waiting in self._waiting.values():
             waiting.set()
 
@@ -139,10 +145,9 @@ class Answers:
         return plan
 
     async def _get_task(self, query: asks.GetTask) -> asks.TaskView:
-        if query.wait_s > 0 and query.task_id in self._snapshot.tasks:
-            finished = self._waiting.setdefault(query.task_id, trio.Event())
-            with trio.move_on_after(query.wait_s):
-                await finished.wait()
+        with trio.move_on_after(query.wait_s):
+            while self._must_wait(query):
+                await self._waiting.setdefault(query.task_id, trio.Event()).wait()
         async with self._settled():
             task = self._snapshot.tasks.get(query.task_id)
             if task is not None:
@@ -155,6 +160,12 @@ class Answers:
         if stored is None:
             raise admit.no_task(query.task_id)
         return stored
+
+    def _must_wait(self, query: asks.GetTask) -> bool:
+        task = self._snapshot.tasks.get(query.task_id)
+        if task is None or self._over or query.wait_s <= 0.0:
+            return False
+        return query.past is None or stage(task) <= query.past
 
     async def _stored_task(self, wanted: str) -> asks.TaskView | None:
         found = await self._store.get([f"task/{wanted}", f"result/{wanted}"])

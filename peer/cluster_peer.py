@@ -26,6 +26,7 @@ from peer.link import wire
 from peer.link.session import Session, receive
 from peer.membership import Membership
 from peer.ports import Authority, Clock, Connection, Entropy, Gossip, Network, ReportSink, Store, Voting
+from peer.relay import TokenRelay
 from peer.routing import RoutedCluster
 from peer.state.enrol import Revocation
 from peer.state.member import Member
@@ -108,7 +109,10 @@ class ClusterPeer:
         self.leader: Leader | None = None
         self.journal: Journal | None = None
         self._began_leading = trio.Event()
-        self.cluster = RoutedCluster(self, self.follower, self.executor, identity.catalogue, clock)
+        self._relay = TokenRelay(identity.peer_id, self._streams, network, self.membership)
+        self.cluster = RoutedCluster(
+            self, self.follower, self.executor, self._relay, identity.catalogue, clock
+        )
         if store is not None:
             self.begin_voting(store)
 
@@ -348,6 +352,9 @@ class ClusterPeer:
             hello = wire.decode(await receive(connection))
         except Unavailable as error:
             log.info("caller_not_understood", peer_id=connection.peer_id, why=error.message)
+            return
+        if isinstance(hello, wire.Follow):
+            await self._relay.serve(Session(connection), hello)
             return
         if not isinstance(hello, wire.Hello):
             log.info(

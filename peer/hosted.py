@@ -187,6 +187,7 @@ class HostedWorker:
         self._host.report_state(self)
         attempts, self._attempts = self._attempts, {}
         for key, attempt in attempts.items():
+            self._host.streams.close(attempt.task_id, attempt.attempt)
             if not attempt.stopping:
                 text = f"the engine of {self.worker_id} ended: {reason}"
                 self._fail(key, attempt.task_id, attempt.attempt, code, text, retryable=True)
@@ -306,6 +307,7 @@ class HostedWorker:
         attempt = self._attempts.pop(message.run_id, None)
         if attempt is None:
             return
+        self._host.streams.close(attempt.task_id, attempt.attempt)
         self.replicas.used(attempt.model_name)
         self._check_idle()
         if attempt.stopping:
@@ -336,6 +338,7 @@ class HostedWorker:
         attempt = self._attempts.pop(message.run_id, None)
         if attempt is None:
             return
+        self._host.streams.close(attempt.task_id, attempt.attempt)
         self._check_idle()
         if not attempt.stopping:
             self._fail(

@@ -30,7 +30,7 @@ from peer.state import command as asks
 from peer.state.enrol import Revocation
 from peer.state.key import ApiKey
 from peer.state.model import Model
-from peer.state.order import AttemptFinished, Order, Report, WorkerReported
+from peer.state.order import AttemptFinished, Order, Report, RunAttempt, WorkerReported
 from peer.state.quota import Counted, Spend, Verdict
 from peer.state.record import decode, ended_at, idempotency_key, prefix_end, task_id
 from peer.state.snapshot import Linked, Policy, Rumoured, Snapshot, StoreWrites
@@ -334,6 +334,7 @@ class Leader:
             self._answers.ended(task, result)
         for task in work.requeued:
             self._streams.restart(task.task_id, task.attempt + 1, task.requeued_because)
+            self._answers.moved(task.task_id)
         self._journal.publish(work.events)
         for pending in commands:
             if isinstance(pending.command, asks.HostCommand) and pending.error is None:
@@ -345,6 +346,8 @@ class Leader:
         for reason in work.reasons:
             log.debug("decided", reason=reason)
         for peer_id, order in work.orders:
+            if isinstance(order, RunAttempt):
+                self._answers.moved(order.task_id)
             await self._order(peer_id, order)
 
     def _answer_host(self, pending: _Pending, command: asks.HostCommand) -> None:

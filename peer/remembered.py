@@ -56,4 +56,4 @@ class Remembered:
 
 def _asked(query: Query) -> Query:
     """However long somebody would have waited for the answer."""
-    return msgspec.structs.replace(query, wait_s=0.0) if isinstance(query, GetTask) else query
+    return msgspec.structs.replace(query, wait_s=0.0, past=None) if isinstance(query, GetTask) else query

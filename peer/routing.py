@@ -4,7 +4,7 @@ when nobody does."""
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final, Protocol
 
@@ -18,26 +18,22 @@ from peer.follower import Follower, is_leaderless, is_unsent, no_session
 from peer.journal import Journal
 from peer.leader import Leader
 from peer.ports import Clock
+from peer.relay import TokenRelay
 from peer.remembered import Remembered
 from peer.state.command import (
-    GetTask,
     Query,
     Request,
-    StreamEnd,
     StreamItem,
-    StreamToken,
     SubmitTask,
-    TaskView,
 )
 from peer.state.enrol import Enrol, Renew, RevokeHost
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.model import Model
 from peer.state.quota import Client, KeepTicket, Spend, Verdict
-from peer.state.task import TERMINAL
+from peer.task_stream import task_stream
 
 _PAUSE_S: Final = 0.1  # between two tries
-_WAIT_S: Final = 10.0  # of one question for the end of a streamed task
 
 
 class Leading(Protocol):
@@ -55,12 +51,14 @@ class RoutedCluster:
         leading: Leading,
         follower: Follower,
         executor: Executor,
+        relay: TokenRelay,
         catalogue: Mapping[str, Model],
         clock: Clock,
     ) -> None:
         self._leading = leading
         self._follower = follower
         self._executor = executor
+        self._relay = relay
         self._catalogue = catalogue  # this peer's own, until a leader has told it of the cluster's
         self._clock = clock
         self._remembered = Remembered()
@@ -186,23 +184,8 @@ class RoutedCluster:
 
     # ---------------------------------------------------------------- streams
 
-    @asynccontextmanager
-    async def stream(self, task_id: str) -> AsyncIterator[AsyncIterator[StreamItem]]:
-        view: TaskView = await self.call(GetTask(task_id=task_id))
-        async with aclosing(self._stream(view)) as items:
-            yield items
-
-    async def _stream(self, view: TaskView) -> AsyncGenerator[StreamItem, None]:
-        while view.task.status not in TERMINAL:
-            view = await self.call(GetTask(task_id=view.task.task_id, wait_s=_WAIT_S))
-        if view.result is not None:
-            yield StreamToken(
-                attempt=view.result.attempt,
-                index=0,
-                text=view.result.generated_text,
-                count=view.result.tokens_generated,
-            )
-        yield StreamEnd(view=view)
+    def stream(self, task_id: str) -> AbstractAsyncContextManager[AsyncIterator[StreamItem]]:
+        return task_stream(task_id, self.call, self._relay)
 
 
 def _is_repeatable(request: Request) -> bool:

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from peer.executor import Executor
 from peer.journal import Journal
 from peer.leader import Leader
-from peer.state.command import (
-    GetTask,
-    Query,
-    Request,
-    StreamEnd,
-    StreamItem,
-    StreamRestart,
-    StreamToken,
-    TaskView,
-)
+from peer.state.command import GetTask, Query, Request, StreamItem, TaskView
 from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.model import Model
 from peer.state.quota import Client, Spend, Verdict
 from peer.state.task import TERMINAL
-from peer.streams import StreamHub
+from peer.streams import Stream, StreamHub, with_end
 
 
 class LocalCluster:
@@ -73,22 +64,14 @@ class LocalCluster:
         async with self._streams.subscribe(task_id) as items:
             view: TaskView = await self._leader.call(GetTask(task_id=task_id))
             over = view.task.status in TERMINAL
-            async with aclosing(_finished(view) if over else self._live(task_id, items)) as all_items:
+            if over:
+                whole = Stream()
+                whole.finish(view)
+                items = whole.items()
+
+            async def end() -> TaskView:
+                ended: TaskView = view if over else await self._leader.call(GetTask(task_id=task_id))
+                return ended
+
+            async with aclosing(with_end(items, end)) as all_items:
                 yield all_items
-
-    async def _live(
-        self, task_id: str, items: AsyncIterator[StreamToken | StreamRestart]
-    ) -> AsyncGenerator[StreamItem, None]:
-        async for item in items:
-            yield item
-        yield StreamEnd(view=await self._leader.call(GetTask(task_id=task_id)))
-
-
-async def _finished(view: TaskView) -> AsyncGenerator[StreamItem, None]:
-    """A finished task's text in one piece."""
-    result = view.result
-    if result is not None:
-        yield StreamToken(
-            attempt=result.attempt, index=0, text=result.generated_text, count=result.tokens_generated
-        )
-    yield StreamEnd(view=view)

@@ -35,7 +35,8 @@ _ONE_NODE = "one node: if it is lost, nothing is served until it is back, and it
 def live_task(snapshot: Snapshot, now: float, task: Task) -> TaskView:
     """A task that is not finished."""
     if task.status is not Status.QUEUED:
-        return TaskView(task=task)
+        worker = snapshot.workers.get(task.worker_id or "")
+        return TaskView(task=task, peer_id=worker.peer_id if worker is not None else "")
     return TaskView(
         task=task,
         pending=pending_reasons(snapshot, now, task),

@@ -151,6 +151,16 @@ class Events(Record, frozen=True, tag="events"):
     events: tuple[Event, ...]
 
 
+class Follow(Record, frozen=True, tag="follow"):
+    """In place of Hello: this connection is for the text of an attempt that runs here, from its beginning.
+
+    StreamTokens follow, each of all that was ready, then Bye when the attempt gives no more; or Refused.
+    """
+
+    task_id: str
+    attempt: int
+
+
 Frame = (
     Hello
     | Welcome
@@ -169,6 +179,8 @@ Frame = (
     | Subscribe
     | Subscribed
     | Events
+    | Follow
+    | asks.StreamToken
 )
 
 encode = msgspec.msgpack.Encoder().encode

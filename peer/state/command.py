@@ -102,10 +102,11 @@ Command = (
 
 
 class GetTask(Record, frozen=True, tag="get_task"):
-    """-> TaskView. With `wait_s` the answer comes when the task is finished, or then."""
+    """-> TaskView. With `wait_s` the answer comes when the task is finished, or beyond this stage, or then."""
 
     task_id: str
     wait_s: float = 0.0
+    past: int | None = None  # peer.state.task.stage
 
 
 class ListTasks(Record, frozen=True, tag="list_tasks"):
@@ -188,6 +189,7 @@ class TaskView(Record, frozen=True):
     pending: tuple[PendingReason, ...] = ()
     estimated_wait_s: float | None = None  # None: nothing measured to estimate from
     tokens_so_far: int = 0
+    peer_id: str = ""  # where the attempt of an unfinished task is; "" while it is queued
 
 
 class Submitted(Record, frozen=True):

@@ -82,6 +82,11 @@ def shown(status: Status) -> str:
     return "running" if status is Status.ASSIGNED else status.value
 
 
+def stage(task: Task) -> int:
+    """How far an unfinished task has come: it grows when an attempt is assigned and when one ends without a result."""
+    return 2 * task.attempt - (task.status is not Status.QUEUED)
+
+
 SHOWN_STATUSES = ("queued", "running", "completed", "failed", "cancelled")
 
 PRIORITY_NAMES: Mapping[str, int] = MappingProxyType({"critical": 1, "high": 3, "normal": 5, "low": 8})

@@ -328,7 +328,8 @@ def test_estimated_waits() -> None:
     assert view.estimated_wait_s(world.s, T0, third) is None  # no run time has been measured
     world.take(Decision(changes=[Pace("small", 4.0), Pace("small", 14.0)]))
     assert view.estimated_wait_s(world.s, T0, third) == 5.0
-    assert view.live_task(world.s, T0, world.held("small", "w1")).estimated_wait_s is None
+    held = view.live_task(world.s, T0, world.held("small", "w1"))
+    assert (held.estimated_wait_s, held.peer_id) == (None, "p1")
 
 
 def test_workers_and_their_score() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
 from peer.adapters.clock import SystemClock
-from peer.state.command import StreamRestart, StreamToken
-from peer.streams import StreamHub
+from peer.errors import Unavailable
+from peer.state.command import StreamRestart, StreamToken, TaskView
+from peer.state.task import Status, Task, TaskResult
+from peer.streams import Stream, StreamHub
 
 
 class Clock(SystemClock):
@@ -129,3 +132,156 @@ async def test_ended_streams_are_kept_for_a_time_and_up_to_a_number() -> None:
     hub.publish("last", 1, "too late", 1)
     assert len(hub) == 1
     assert hub.tokens_so_far("last") == 1
+
+
+def item(attempt: int, index: int, text: str) -> StreamToken:
+    return StreamToken(attempt=attempt, index=index, text=text, count=len(text))
+
+
+async def all_of(stream: Stream) -> list[Any]:
+    return [each async for each in stream.items()]
+
+
+async def test_one_attempt_is_read_until_it_gives_no_more() -> None:
+    hub = StreamHub(Clock())
+    seen: list[Any] = []
+
+    async def read(attempt: int) -> None:
+        async with hub.subscribe_attempt("t", attempt) as tokens:
+            seen.append([token.text async for token in tokens])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(read, 1)
+        nursery.start_soon(read, 2)
+        await wait_all_tasks_blocked()
+        hub.publish("t", 1, "a", 1)
+        await wait_all_tasks_blocked()
+        hub.publish("t", 1, "b", 1)
+        hub.close("t", 1)
+        await wait_all_tasks_blocked()
+        assert seen == [["a", "b"]]
+        hub.publish("t", 2, "c", 1)
+        hub.close("t", 2)
+    assert seen == [["a", "b"], ["c"]]
+    await read(1)
+    await read(2)
+    assert seen[2:] == [[], ["c"]]
+
+
+async def test_what_is_closed_is_kept_for_a_time_but_not_while_it_lives_again_or_is_waited_for() -> None:
+    clock = Clock()
+    hub = StreamHub(clock, kept_s=60.0, kept_max=3)
+    for task_id in ("closed", "again", "awaited"):
+        hub.publish(task_id, 1, "x", 1)
+        hub.close(task_id, 1)
+    hub.publish("again", 2, "y", 1)
+    async with hub.subscribe("awaited") as items:
+        assert (await anext(items)).text == "x"
+        clock.time_s = 61.0
+        hub.end("nothing")
+        assert len(hub) == 2
+        hub.publish("awaited", 2, "z", 1)
+        assert [await anext(items) for _ in range(2)] == [
+            StreamRestart(attempt=2, reason="the attempt before ended without a result"),
+            StreamToken(attempt=2, index=0, text="z", count=1),
+        ]
+        hub.close("again", 2)
+        hub.close("awaited", 2)
+    clock.time_s = 122.0
+    hub.end("nothing")
+    assert len(hub) == 0
+
+
+async def test_a_void_stream_whose_next_attempt_runs_elsewhere_is_forgotten() -> None:
+    clock = Clock()
+    hub = StreamHub(clock, kept_s=60.0)
+    hub.publish("t", 1, "x", 1)
+    hub.restart("t", 2, "lost")
+    clock.time_s = 61.0
+    hub.end("nothing")
+    assert len(hub) == 0
+
+
+async def test_items_of_another_stream_are_taken_once_each() -> None:
+    stream = Stream()
+    assert stream.take(item(1, 0, "abc"))
+    assert stream.take(item(1, 3, "de"))
+    assert not stream.take(item(1, 9, "z"))  # a gap
+    assert not stream.take(item(1, 0, "abcd"))  # less than was there before
+    assert stream.take(item(1, 0, "abcdefg"))  # anew from the beginning
+    assert stream.take(item(1, 0, "abcdefg"))
+    assert not stream.take(item(2, 3, "z"))
+    assert stream.take(item(2, 0, "second"))
+    assert stream.take(item(1, 7, "of the dead"))
+    stream.end()
+    assert stream.take(item(2, 6, "too late"))
+    assert await all_of(stream) == [item(2, 0, "second")]
+
+
+def view_of(text: str | None, attempt: int = 1) -> TaskView:
+    status = Status.FAILED if text is None else Status.COMPLETED
+    task = Task(
+        task_id="t", task_type="x", model_name="m", priority=5, timeout_s=1, created_at=0, deadline=1,
+        status=status, attempt=attempt, requeued_because="it was lost" if attempt > 1 else "",
+    )  # fmt: skip
+    if text is None:
+        return TaskView(task=task)
+    result = TaskResult(
+        task_id="t", attempt=attempt, worker_id="w", generated_text=text, tokens_generated=len(text),
+        prompt_tokens=1, finish_reason="stop", processing_s=1.0, first_token_s=0.1,
+    )  # fmt: skip
+    return TaskView(task=task, result=result)
+
+
+@pytest.mark.parametrize(
+    ("given", "view", "wanted"),
+    [
+        ("", view_of("abc"), [item(1, 0, "abc")]),
+        ("", view_of(""), [item(1, 0, "")]),
+        ("", view_of("abc", attempt=2), [item(2, 0, "abc")]),
+        ("", view_of(None, attempt=2), []),
+        ("ab", view_of("abc"), [item(1, 0, "ab"), item(1, 2, "c")]),
+        ("abc", view_of("abc"), [item(1, 0, "abc")]),
+        ("ab", view_of(None), [item(1, 0, "ab")]),
+        ("ab", view_of(None, attempt=2), [item(1, 0, "ab"), StreamRestart(attempt=2, reason="it was lost")]),
+        (
+            "ab",
+            view_of("abc", attempt=2),
+            [item(1, 0, "ab"), StreamRestart(attempt=2, reason="it was lost"), item(2, 0, "abc")],
+        ),
+        (
+            "ax",
+            view_of("abc"),
+            [
+                item(1, 0, "ax"),
+                StreamRestart(attempt=1, reason="another text was recorded than was given"),
+                item(1, 0, "abc"),
+            ],
+        ),
+    ],
+)
+async def test_what_was_given_becomes_what_is_recorded(given: str, view: TaskView, wanted: list[Any]) -> None:
+    stream = Stream()
+    seen: list[Any] = []
+
+    async def collect() -> None:
+        async for each in stream.items():
+            seen.append(each)
+
+    if given:
+        stream.publish(1, given, len(given))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(collect)
+        await wait_all_tasks_blocked()
+        stream.finish(view)
+    assert seen == wanted
+
+
+async def test_an_error_comes_after_the_text_there_is() -> None:
+    stream = Stream()
+    stream.publish(1, "ab", 2)
+    stream.break_off(Unavailable("nobody leads"))
+    items = stream.items()
+    assert await anext(items) == item(1, 0, "ab")
+    with pytest.raises(Unavailable, match="nobody leads"):
+        await anext(items)

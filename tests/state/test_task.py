@@ -18,6 +18,7 @@ from peer.state.task import (
     TextGeneration,
     run_s,
     shown,
+    stage,
     step,
 )
 
@@ -54,6 +55,15 @@ def test_what_is_terminal_stays() -> None:
 def test_what_clients_see() -> None:
     assert {shown(status) for status in Status} == set(SHOWN_STATUSES)
     assert shown(Status.ASSIGNED) == "running"
+
+
+def test_each_attempts_beginning_and_end_is_a_stage() -> None:
+    task = Task(task_id="t", task_type="x", model_name="m", priority=5, timeout_s=1, created_at=0, deadline=1)
+    life = [(S.QUEUED, 0), (S.ASSIGNED, 1), (S.RUNNING, 1), (S.QUEUED, 1), (S.ASSIGNED, 2), (S.QUEUED, 2)]
+    stages = [
+        stage(msgspec.structs.replace(task, status=status, attempt=attempt)) for status, attempt in life
+    ]
+    assert stages == [0, 1, 1, 2, 3, 4]
 
 
 def test_run_time() -> None:
