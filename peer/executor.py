@@ -97,6 +97,8 @@ class Executor:
         self._touched: set[str] = set()
         self._touched_wake = trio.Event()
         self._stop = trio.Event()
+        self.came_round_at: float | None = None
+        """When it last reported of its own accord, for a watchdog."""
 
     @property
     def epoch(self) -> int:
@@ -266,6 +268,7 @@ class Executor:
     async def _report_periodically(self) -> None:
         while True:
             await trio.sleep(self._interval_s)
+            self.came_round_at = trio.current_time()
             behind = bool(self._reports)  # a leader that is behind need not hear outcomes again
             for worker in self._workers.values():
                 if not behind:

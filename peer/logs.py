@@ -1,5 +1,7 @@
 """The peer's log: structlog, JSON where a machine reads it, columns on a terminal.
 
+In the journal each line has its level as priority (`journalctl -p warning`), given as sd-daemon(3) says.
+
 Fields bound with `structlog.contextvars.bind_contextvars` (request_id) are in every line of that task. Secrets
 are never passed to a logger; fields with telling names are blanked nevertheless, prompts and results too.
 """
@@ -7,6 +9,7 @@ are never passed to a logger; fields with telling names are blanked nevertheless
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import MutableMapping
 from typing import IO, Any, Final, Literal
@@ -33,6 +36,14 @@ _BLANKED = frozenset(
         "text",
         "token",
     }
+)
+
+_PRIORITIES: Final = (
+    (logging.CRITICAL, 2),
+    (logging.ERROR, 3),
+    (logging.WARNING, 4),
+    (logging.INFO, 6),
+    (0, 7),
 )
 
 _level = logging.INFO
@@ -66,8 +77,9 @@ def setup(
         cache_logger_on_first_use=True,
     )
     handler = logging.StreamHandler(out)
+    formatter = _JournalFormatter if _is_journal(out) else structlog.stdlib.ProcessorFormatter
     handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
+        formatter(
             foreign_pre_chain=shared,
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
         )
@@ -84,6 +96,23 @@ def set_level(level: Literal["debug", "info", "warning", "error"]) -> None:
     global _level
     _level = LEVELS[level]
     logging.getLogger().setLevel(_level)
+
+
+class _JournalFormatter(structlog.stdlib.ProcessorFormatter):
+    """The journal takes `<N>` off each line and makes it the entry's priority."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        prefix = f"<{next(priority for level, priority in _PRIORITIES if record.levelno >= level)}>"
+        return prefix + super().format(record).replace("\n", f"\n{prefix}")
+
+
+def _is_journal(out: IO[str]) -> bool:
+    """$JOURNAL_STREAM names the journal's stream by device and inode; `out` may have been sent elsewhere."""
+    try:
+        found = os.fstat(out.fileno())
+    except (OSError, ValueError):  # no descriptor, or a closed one
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
 
 
 def _below_level(_: Any, method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import msgspec
 
+from peer import credentials
 from peer.config import BOUNDS, PATHS, Config, Section
 from peer.errors import ConfigError
 from peer.units import format_bytes, format_seconds, parse_bytes, parse_seconds
@@ -94,6 +95,7 @@ def load(
         found.update(_from_file(file, mistakes))
     found.update(_from_environment(surroundings, mistakes))
     found.update(_from_flags(flags or {}, mistakes))
+    _resolve_credentials(found, surroundings, mistakes)
     mistakes.extend(_out_of_bounds(found))
     if mistakes:
         raise ConfigError("\n".join(mistakes))
@@ -285,9 +287,20 @@ def _take(
     except ValueError as error:
         mistakes.append(f"{place}: `{field.path}`: {error}")
         return
-    if field.path in PATHS and converted:
+    if field.path in PATHS and converted and not converted.startswith(credentials.SCHEME):
         converted = str((base or Path()).joinpath(Path(converted).expanduser()).absolute())
     found[field.path] = Found(converted, place)
+
+
+def _resolve_credentials(found: dict[str, Found], environ: Mapping[str, str], mistakes: list[str]) -> None:
+    """Paths given as `credential:NAME` become those of the files that systemd made for this service."""
+    for path in sorted(PATHS & found.keys()):
+        value, place = found[path]
+        if value.startswith(credentials.SCHEME):
+            try:
+                found[path] = Found(credentials.resolve(value, environ), place)
+            except ValueError as error:
+                mistakes.append(f"{place}: `{path}`: {error}")
 
 
 def _from_text(field: Field, text: str) -> Any:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
 import yaml
 
-from peer import limits
+from peer import installed, limits
 from peer.adapters.sources import SourceError, parse_source
 from peer.errors import ConfigError
 from peer.state.model import Model
@@ -43,14 +42,8 @@ _COUNT_MAX: Final = {"context": CONTEXT_MAX, "slots": SLOTS_MAX}
 
 
 def default_catalogue() -> Path:
-    """The one that comes with bitinglip: a checkout's, else the package's, else the installation's share/."""
-    package = Path(__file__).resolve().parents[1]
-    places = (
-        package.parent / "configs" / "models.yaml",
-        package / "data" / "models.yaml",
-        Path(sys.prefix) / "share" / "bitinglip" / "models.yaml",
-    )
-    return next((place for place in places if place.is_file()), places[0])
+    """The one that comes with bitinglip."""
+    return installed.find("configs", "models.yaml")
 
 
 def read_catalogue(configured: str = "") -> Mapping[str, Model]:

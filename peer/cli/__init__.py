@@ -28,16 +28,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "load": ("peer.cli.models", "Load a model on workers."),
     "unload": ("peer.cli.models", "Unload a model from workers."),
     "key": ("peer.cli.keys", "Make, list and revoke API keys."),
-    "init": ("peer.cli.cluster_join", "Prepare this host: as the first of a cluster, or alone."),
-    "token": ("peer.cli.cluster_join", "Make a one-time token that lets one host join."),
-    "join": ("peer.cli.cluster_join", "Join a cluster."),
-    "host": ("peer.cli.cluster_join", "List the cluster's hosts, or put one out."),
     "init": ("peer.cli.cluster_join", "Prepare this host, as the first of a cluster or alone."),
     "token": ("peer.cli.cluster_join", "Make a one-time token that lets a host join."),
     "join": ("peer.cli.cluster_join", "Join a cluster."),
     "host": ("peer.cli.cluster_join", "List hosts, and put one out."),
     "config": ("peer.cli.check", "Check a configuration file."),
     "simulate": ("peer.cli.simulate", "Run a cluster through bad days in virtual time."),
+    "install-service": ("peer.cli.service", "Run the peer as a systemd service of this host."),
     "doctor": ("peer.cli.doctor", "Check this host for what a peer needs."),
     "demo": ("peer.cli.demo", "Start a peer, generate a text, stop it."),
     "cluster": ("peer.cli.local_cluster", "Run three peers on this machine."),
@@ -54,7 +51,7 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name)
+        command = getattr(importlib.import_module(COMMANDS[cmd_name][0]), cmd_name.replace("-", "_"))
         assert isinstance(command, click.Command)
         return command
 

@@ -108,7 +108,7 @@ def token(client: Client, expires: str, no_voter: bool, as_json: bool) -> None:
     "--token",
     "token_text",
     metavar="T",
-    help="From `bitinglip token`, `-` for standard input; else $BITINGLIP_TOKEN.",
+    help="From `bitinglip token`, `-` for standard input; else $BITINGLIP_TOKEN, else the credential join.token.",
 )
 @advertise_option
 @data_dir_option
@@ -120,7 +120,7 @@ def join(
 
     The token says which cluster it is for: its secret is sent to a host of that cluster only.
     """
-    text = token_text or os.environ.get("BITINGLIP_TOKEN", "")
+    text = token_text or os.environ.get("BITINGLIP_TOKEN", "") or _token_credential()
     if text == "-":
         text = sys.stdin.readline()
     if not text:
@@ -136,6 +136,16 @@ def join(
         return
     pairs([("cluster", joined["cluster"]), ("peer", joined["peer_id"]), ("may lead", joined["voter"])])
     say("start it: bitinglip up" + (f" --data-dir {directory}" if data_dir else ""))
+
+
+def _token_credential() -> str:
+    """Where systemd runs this command with the token as a credential; else "". Raises CliError."""
+    from peer import credentials
+
+    try:
+        return credentials.read(credentials.JOIN_TOKEN, os.environ) or ""
+    except ConfigError as error:
+        raise CliError(str(error), Exit.USAGE) from None
 
 
 def _join(
