@@ -148,7 +148,8 @@ class RoutedCluster:
         """Goes on with the next leader where the last one stopped. Errors of the beginning come on entry."""
         first, source = await self._held(partial(self._source, since, client), repeatable=True)
         admitted = client and Client(key_id=client.key_id, sockets_max=None)
-        async with aclosing(self._all_events(first, source, admitted)) as events:
+        # The source is closed here too: a generator that was never begun closes nothing.
+        async with aclosing(source), aclosing(self._all_events(first, source, admitted)) as events:
             yield events
 
     async def _source(
