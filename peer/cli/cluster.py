@@ -35,7 +35,7 @@ def status(client: Client, as_json: bool) -> None:
         ("utilization", f"{found['gpu_utilization']}%"),
         ("memory", f"{found['available_memory']} of {found['total_memory']} free"),
         ("uptime", found["uptime"]),
-        ("leader", f"{found['leader']}, epoch {found['epoch']}"),
+        *([("leader", f"{found['leader']}, epoch {found['epoch']}")] if found.get("leader") else []),
         *([("voters", _voters(found["voters"]))] if found.get("voters") else []),
         ("peer", client.target.url),
         ("outlook", found.get("outlook")),

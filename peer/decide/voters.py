@@ -127,12 +127,19 @@ def _live(member: StoreMember, roll: Roll) -> bool:
     peer = roll.peers.get(member.peer_id)
     if peer is None:
         return False
-    return peer.peer_id == roll.leader or (peer.seat, peer.address) == (member.member_id, member.address)
+    if peer.peer_id == roll.leader:
+        return True
+    return peer.seat == member.member_id and peer.address in (member.address, "")
 
 
 def _is_astray(member: StoreMember, roll: Roll) -> bool:
-    """Its host is there without it: with an empty disk, or at another address."""
-    return member.peer_id in roll.peers and not _live(member, roll)
+    """Its host is there without it: with an empty disk, at another address, or not to have one any more."""
+    peer = roll.peers.get(member.peer_id)
+    return (
+        peer is not None
+        and peer.peer_id != roll.leader
+        and (peer.seat, peer.address) != (member.member_id, member.address)
+    )
 
 
 def _remembered(roll: Roll, memory: Memory, now: float) -> Memory:
@@ -283,7 +290,9 @@ class _State:
     def _remove_astray(self) -> Action | None:
         for member in self.roll.members:
             if self.lasted("astray", member.member_id, self.bounds.steady_s):
-                action = self._remove(member, f"{member.peer_id} is there without this member or its data")
+                action = self._remove(
+                    member, f"{member.peer_id} is there, and this member is not its own any more"
+                )
                 if action is not None:
                     return action
         return None
@@ -319,12 +328,10 @@ class _State:
                 if not spare:
                     self.reasons.append(f"{member.peer_id} is away, and no peer is there to replace it")
                     continue
-                action = self._remove(
+                return self._remove(
                     member,
                     f"{member.peer_id} is away for {self.bounds.dead_s:g} s, and {spare[0]} is there",
                 )
-                if action is not None:
-                    return action
         return None
 
     def _promote(self) -> Action | None:
@@ -337,7 +344,7 @@ class _State:
                     f"{member.peer_id} stays a learner: with {many + 1} voters no more losses are survived than with "
                     f"{many}, and no further peer is there"
                 )
-            elif self._count_live(self.voters) + 1 >= quorum(many + 1):
+            else:
                 return Promote(
                     member.member_id, f"{member.peer_id} follows; voter {many + 1} of {self._target()}"
                 )

@@ -19,6 +19,7 @@ from peer.state.model import Assignment, Model, Replica, ReplicaState
 from peer.state.plan import Move, Plan
 from peer.state.quota import Client, KeepTicket, RedeemTicket, Spend, Verdict
 from peer.state.task import Status, Task, TaskError, TaskInput, TaskResult
+from peer.state.voter import VoterView
 from peer.state.worker import DeviceInfo, EngineState, HostInfo, Telemetry, Worker, WorkerReport
 
 WALL = 1_748_599_200.0  # 2025-05-30T10:00:00Z
@@ -447,6 +448,8 @@ class FakeCluster:
             uptime_s=7 * 86_400 + 4 * 3_600 + 23 * 60 + 59,
             epoch=3,
             leader="peer-1",
+            voters=(VoterView(peer_id="peer-1", learner=False, linked=True),),
+            outlook="1 voter",
         )
 
     async def _GetMetrics(self, request: command.GetMetrics) -> Metrics:

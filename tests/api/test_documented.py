@@ -71,6 +71,8 @@ def test_cluster_status(client: httpx.Client) -> None:
         "leader": "peer-1",
         "epoch": 3,
         "reasons": [],
+        "voters": [{"peer_id": "peer-1", "learner": False, "linked": True}],
+        "outlook": "1 voter",
     }
 
 
