@@ -22,7 +22,7 @@ from peer.limits import (
     QUEUE_TASKS_MAX,
 )
 from peer.link import wire
-from peer.ports import ReportSink
+from peer.ports import Authority, ReportSink
 from peer.state.model import Model
 from peer.state.order import Order
 from peer.state.snapshot import Policy
@@ -90,6 +90,7 @@ class SimHost:
         self.cards = {device.label: SimCard(device) for device in devices(gpus)}
         self.engines: list[SimEngine] = []
         self.wire = (wire.WIRE, wire.WIRE_MIN)
+        self.authority: Authority | None = None  # of the next life; without one no host joins
         self.lives = 0
         self.disks_lost = 0
         self.incarnation: Incarnation | None = None
@@ -200,6 +201,7 @@ class SimHost:
             network=shared.network.port(incarnation, self.address),
             clock=clock,
             entropy=entropy,
+            authority=self.authority,
         )
         self._watch_orders(peer)
         return peer

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import trio
 
+from peer.ports import Authority
 from peer.state import command as asks
 from peer.state.task import TERMINAL
 from simulations.scenario import Scenario
@@ -22,12 +24,15 @@ def in_a_cluster(
     hosts: int = 3,
     voters: int = 3,
     upgraded: tuple[str, ...] = (),
+    authorities: Mapping[str, Authority] = MappingProxyType({}),
 ) -> None:
     """Run `script` once a cluster has a leader that all follow."""
 
     async def main(world: World) -> None:
         scenario = Scenario(seed=1, hosts=hosts, voters=voters, gpus=1, upgraded=upgraded)
         fleet = Fleet(world, scenario)
+        for name, authority in authorities.items():
+            fleet.hosts[name].authority = authority
         fleet.start()
         await until(lambda: led(fleet))
         await script(fleet)

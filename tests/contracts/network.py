@@ -244,6 +244,51 @@ class NetworkContract:
 
         play(scenario)
 
+    # -------------------------------------------------------------------------------- who is revoked
+
+    def test_who_is_revoked_is_cut_off_and_let_in_no_more(self, play: Play) -> None:
+        async def scenario(stage: Stage) -> None:
+            one, other = await stage.start("h1"), await stage.start("h2")
+            dialled, came = await stage.connect(one, other, "h2")
+            back, back_there = await stage.connect(other, one, "h1")
+            third = await stage.start("h3")
+            kept, kept_there = await stage.connect(one, third, "h3")
+            one.network.revoke(["h2", "h9"])
+            for connection in (dialled, came, back, back_there):
+                assert await ends(connection) == []
+            with pytest.raises(Unavailable, match="revoked"):
+                await one.network.dial("h2", other.address)
+            with pytest.raises(Unavailable):
+                await other.network.dial("h1", one.address)
+            assert len(one.accepted) == 1
+            await kept.send(b"x")
+            assert await frames(kept_there, 1) == [b"x"]
+            one.network.revoke([])
+            await stage.connect(one, other, "h2")
+            await stage.connect(other, one, "h1")
+
+        play(scenario)
+
+    def test_to_revoke_ends_a_dial_that_is_under_way(self, play: Play) -> None:
+        async def scenario(stage: Stage) -> None:
+            one, other = await stage.start("h1"), await stage.start("h2")
+            refused: list[str] = []
+
+            async def dial() -> None:
+                with pytest.raises(Unavailable) as caught:
+                    await one.network.dial("h2", other.address)
+                refused.append(caught.value.message)
+
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(dial)
+                await trio.lowlevel.checkpoint()
+                one.network.revoke(["h2"])
+            assert len(refused) == 1
+            for connection in other.accepted:
+                assert await ends(connection) == []
+
+        play(scenario)
+
     # -------------------------------------------------------------------------------- ends
 
     def test_what_was_sent_before_the_end_arrives(self, play: Play) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from peer.decide import enrol
+from peer.decide import enrol, lose
 from peer.decide.decision import Decision
 from peer.errors import (
     BadRequest,
@@ -30,7 +30,8 @@ from peer.state.enrol import (
     Revocation,
     RevokeHost,
 )
-from peer.state.snapshot import Drop, Save
+from peer.state.snapshot import Drop, Linked, Rumoured, Save
+from tests.decide.build import World, replica
 
 T0 = 1_700_000_000.0
 ID, SECRET, SERIAL = "0123456789ab", "ab" * 16, "5eed"
@@ -323,6 +324,31 @@ def test_the_leader_is_not_revoked() -> None:
     with pytest.raises(Conflict) as caught:
         enrol.revoke(registry, T0, RevokeHost(name="h2"), leader="h2-abc")
     assert caught.value.code == "host_leads"
+
+
+# ---------------------------------------------------------------- who is there
+
+
+def test_hosts_are_online_by_what_is_heard_of_them() -> None:
+    world = World()  # p1 leads
+    world.worker("w2", replica("echo"), peer_id="p2")
+    for peer_id in ("p1", "p2", "p3", "p4"):
+        host = Host(peer_id=peer_id, enrolled_at=T0, serial="1", key_sha256=KEY, expires_at=T0)
+        world.take(Decision(changes=[Save(host)]))
+    gone = Revocation(peer_id="a9", serials=(), revoked_at=T0, revoked_by="", until=T0)
+    world.take(Decision(changes=[Save(gone), Rumoured("p3", "alive", T0), Rumoured("p4", "failed", T0)]))
+
+    def status() -> list[tuple[str, str]]:
+        return [(view.peer_id, view.status) for view in enrol.hosts(world.s)]
+
+    before = [("a9", "revoked"), ("p1", "online"), ("p2", "online"), ("p3", "online"), ("p4", "offline")]
+    assert status() == before
+    assert (enrol.hosts(world.s)[0].revocation, enrol.hosts(world.s)[1].revocation) == (gone, None)
+    world.take(Decision(changes=[Linked("p3", False, T0)]))
+    world.take(lose.revoked(world.s, T0, "p2"))
+    assert status() == [*before[:2], ("p2", "offline"), ("p3", "offline"), before[4]]
+    world.take(Decision(changes=[Drop(gone)]))
+    assert status()[0] == before[1]
 
 
 # ---------------------------------------------------------------- the CA's key, and forgetting

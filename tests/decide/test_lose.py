@@ -94,6 +94,23 @@ def test_a_session_that_comes_back_in_time_is_none() -> None:
     assert wait(world, 3.0) == []
 
 
+def test_whose_host_says_that_it_is_dead_is_lost_at_once_however_many_are() -> None:
+    world = cluster(3)
+    for peer_id in ("p0", "p1", "p2"):
+        world.take(Decision(changes=[Linked(peer_id, False, world.now, dead=True)]))
+    assert tick(world) == ["p0", "p1", "p2"]
+    assert all(loss.confirmed for loss in world.s.lost.values())
+    hear(world, 1)
+    assert "p1" not in world.s.lost
+
+
+def test_the_dead_stay_dead_while_the_leader_sleeps() -> None:
+    world = cluster(3)
+    world.take(Decision(changes=[Linked("p0", False, world.now, dead=True)]))
+    world.later(STARVED_S + 1.0)
+    assert tick(world) == ["p0"]
+
+
 def test_silence_is_a_loss_and_a_report_ends_it() -> None:
     world = cluster(2)
     world.held("echo", "w0")
@@ -317,3 +334,14 @@ def test_a_leader_that_never_wakes_in_time_blames_nobody() -> None:
         world.later(STARVED_S + 0.5)
         assert tick(world) == []
     assert world.now > T0 + 40
+
+
+def test_who_is_revoked_is_lost_at_once_however_many_are() -> None:
+    world = cluster(3)
+    for number in range(3):
+        decision = lose.revoked(world.s, world.now, f"p{number}")
+        world.take(decision)
+        assert world.s.lost[f"p{number}"].because == "it was revoked"
+        assert status(world.s, f"w{number}", world.now) == "offline"
+    assert lose.revoked(world.s, world.now, "p0").changes == []
+    assert lose.revoked(world.s, world.now, "without-workers").changes == []

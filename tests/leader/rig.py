@@ -13,6 +13,7 @@ from peer.errors import Unavailable
 from peer.establish import load_snapshot, take_leadership
 from peer.journal import Journal
 from peer.leader import Leader
+from peer.ports import Authority
 from peer.service import LocalCluster
 from peer.state.command import GetTask, SubmitTask, TaskView
 from peer.state.model import Replica
@@ -80,6 +81,7 @@ class Rig:
         self.link = Orders()
         self.streams = StreamHub(clock)
         self.scope = trio.CancelScope()
+        self.authority: Authority | None = None
 
     async def begin(self, *, behind_max: int = 1_000) -> None:
         epoch = await take_leadership(self.store, "p1")
@@ -94,7 +96,15 @@ class Rig:
         )
         self.journal = Journal(self.store, self.snapshot.events_next - 1, behind_max=behind_max)
         self.leader = Leader(
-            self.snapshot, self.journal, self.store, self.link, self.clock, self.entropy, self.streams
+            self.snapshot,
+            self.journal,
+            self.store,
+            self.link,
+            self.clock,
+            self.entropy,
+            self.streams,
+            authority=self.authority,
+            seeds=lambda: ("10.0.0.1:7946",),
         )
         self.cluster = LocalCluster(self.leader, None, self.streams, self.journal)  # type: ignore[arg-type]
 
@@ -150,7 +160,8 @@ def ask(**fields: Any) -> SubmitTask:
 @asynccontextmanager
 async def leading(
     store: Any = None, *, worker: bool = True, beats: bool = True, behind_max: int = 1_000,
-    entropy: Counting | None = None, clock: VirtualClock | None = None, **policy: Any,
+    entropy: Counting | None = None, clock: VirtualClock | None = None, authority: Authority | None = None,
+    **policy: Any,
 ) -> AsyncIterator[Rig]:  # fmt: skip
     """A leader that runs; with a worker that has `echo` unless not wanted."""
     rig = Rig(
@@ -159,6 +170,7 @@ async def leading(
         replace(POLICY, **policy),
         entropy or Counting(),
     )
+    rig.authority = authority
     await rig.begin(behind_max=behind_max)
     async with trio.open_nursery() as nursery:
         rig.scope = nursery.cancel_scope
