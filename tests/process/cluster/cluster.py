@@ -55,6 +55,7 @@ class Cluster:
         )
         first.start()
         first.await_ready()
+        poll("the first peer has its admin key", lambda: first.has("admin.key"))
         self.key = first.read("admin.key")
         self._caller = Caller([member.url for member in self.members], self.key)
         for member in others:
@@ -152,7 +153,8 @@ class Cluster:
 
     def _all_vote(self) -> bool:
         status = self.get(self.members[0], "/cluster/status") or {}
-        return len(status.get("voters") or ()) >= min(VOTERS, len(self.members))
+        voting = [each for each in status.get("voters", ()) if each["linked"] and not each["learner"]]
+        return len(voting) >= min(VOTERS, len(self.members))
 
     def await_tasks(self, within_s: float = SETTLE_S_MAX) -> None:
         """All that is acknowledged by now comes to its end, as every peer in turn says."""

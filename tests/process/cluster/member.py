@@ -110,6 +110,9 @@ class Member:
     def log_end(self, characters: int = LOG_CHARS_SHOWN) -> str:
         return self.log_file.read_text(errors="replace")[-characters:] if self.log_file.exists() else ""
 
+    def has(self, name: str) -> bool:
+        return self.host.seen(self.data / name).exists()
+
     def read(self, name: str) -> str:
         """A file of its data folder."""
         return self.host.seen(self.data / name).read_text().strip()
