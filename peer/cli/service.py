@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 UNIT: Final = Path("etc/systemd/system/bitinglip.service")
 SYSUSERS: Final = Path("etc/sysusers.d/bitinglip.conf")
 CONFIG: Final = Path("etc/bitinglip/bitinglip.yaml")
+RUNNING: Final = Path("/run/systemd/system")  # sd_booted(3)
 PROGRAM_S_MAX: Final = 60.0
 # Debian's packages start these; by default they have the ports that the peer gives to its own serf and etcd.
 RIVALS: Final = {"serf": {7946, 7373}, "etcd": {2379, 2380}}
@@ -135,7 +136,7 @@ def install_service(
         )
     folders = [] if chosen == service_unit.STATE else [chosen]
     _told(lambda: _install(host, unit, users, config_file is None, user, [*folders, *writable], enable))
-    for warning in _rivals(host, config):
+    for warning in rivals(host, config):
         say(f"warning: {warning}")
     say("start it: systemctl start bitinglip     (after a change: systemctl restart bitinglip)")
     say("its log:  journalctl -u bitinglip -f")
@@ -145,7 +146,7 @@ def _install(
     host: Host, unit: str, users: str, first_config: bool, user: str, folders: list[Path], enable: bool
 ) -> None:
     host.write(SYSUSERS, users)
-    host.run("systemd-sysusers", str(Path("/") / SYSUSERS))
+    host.run("systemd-sysusers", SYSUSERS.name)
     if first_config and not (host.root / CONFIG).exists():
         host.write(CONFIG, _packaged("configs", "bitinglip.yaml"))
     for folder in folders:
@@ -209,7 +210,7 @@ def _require_systemd(host: Host) -> None:
         if not host.root.is_dir():
             raise CliError(f"--root: there is no folder {host.root}", Exit.USAGE)
         return
-    if not Path("/run/systemd/system").is_dir():
+    if not RUNNING.is_dir():
         raise CliError(
             "systemd does not run on this host",
             Exit.FAILED,
@@ -236,11 +237,11 @@ def _require_visible(programs: list[str], files: list[str], folders: list[Path])
             raise CliError(f"{why}; choose another place", Exit.USAGE)
 
 
-def _rivals(host: Host, config: Config) -> Iterator[str]:
+def rivals(host: Host, config: Config) -> Iterator[str]:
     """Services of Debian's packages that have ports of this peer."""
     ours = {
-        "serf": {split_port(config.gossip.bind), split_port(config.gossip.rpc)},
-        "etcd": {split_port(config.store.bind)},
+        "serf": {_port(config.gossip.bind), _port(config.gossip.rpc)},
+        "etcd": {_port(config.store.bind)},
     }
     for name, ports in RIVALS.items():
         taken = sorted(ports & ours[name])
@@ -253,7 +254,7 @@ def _rivals(host: Host, config: Config) -> Iterator[str]:
             )
 
 
-def split_port(bind: str) -> int:
+def _port(bind: str) -> int:
     """The port of HOST:PORT."""
     return int(bind.rpartition(":")[2])
 

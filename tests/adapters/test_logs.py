@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,3 +111,28 @@ def test_any_split_gives_the_same_lines() -> None:
         lines = Lines(20)
         found = [line for at in range(0, len(data), size) for line in lines.feed(data[at : at + size])]
         assert found == whole
+
+
+def test_in_the_journal_each_line_has_its_priority(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "stream"
+    with file.open("w") as out:
+        found = os.fstat(out.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+        logs.setup("debug", "auto", out)
+        log = structlog.get_logger("x")
+        for say in (log.debug, log.info, log.warning, log.error, log.critical):
+            say("hello")
+        logs.setup("info", "console", out)
+        structlog.get_logger("x").info("two\nlines")
+    lines = file.read_text().splitlines()
+    assert [line[:3] for line in lines[:5]] == ["<7>", "<6>", "<4>", "<3>", "<2>"]
+    assert json.loads(lines[1][3:])["event"] == "hello"
+    assert all(line.startswith("<6>") for line in lines[5:])
+
+
+def test_a_stream_that_is_not_the_journals_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JOURNAL_STREAM", "1:2")
+    with (tmp_path / "stream").open("w") as out:
+        logs.setup("info", "json", out)
+        structlog.get_logger("x").info("hello")
+    assert (tmp_path / "stream").read_text().startswith("{")
