@@ -25,7 +25,18 @@ from peer.leader import Leader
 from peer.link import wire
 from peer.link.session import Session, receive
 from peer.membership import Membership
-from peer.ports import Authority, Clock, Connection, Entropy, Gossip, Network, ReportSink, Store, Voting
+from peer.ports import (
+    REFUSED,
+    Authority,
+    Clock,
+    Connection,
+    Entropy,
+    Gossip,
+    Network,
+    ReportSink,
+    Store,
+    Voting,
+)
 from peer.relay import TokenRelay
 from peer.routing import RoutedCluster
 from peer.state.enrol import Revocation
@@ -139,8 +150,8 @@ class ClusterPeer:
         return done
 
     async def drain(self, limit_s: float) -> bool:
-        """Hand the leadership over, let runs end, then end the engines; clients are served on. False if some run was cut
-        off at the limit."""
+        """Hand the leadership over, let runs end, then end the engines; clients are served on. False if some run was
+        cut off at the limit."""
         self._stopping = True
         if self.election is not None:
             self.election.resign()
@@ -246,6 +257,21 @@ class ClusterPeer:
     def _linked(self, peer_id: str, up: bool) -> None:
         if self.leader is not None:
             self.leader.linked(peer_id, up)
+            if not up and self._nursery is not None:
+                self._nursery.start_soon(self._knock, peer_id, self.leader)
+
+    async def _knock(self, peer_id: str, leader: Leader) -> None:
+        """A host where the peer's process has ended says so at once; one that is gone does not answer."""
+        address = self.membership.address(peer_id)
+        if address is None:
+            return
+        try:
+            connection = await self._network.dial(peer_id, address)
+        except Unavailable as error:
+            if error.code == REFUSED:
+                leader.linked(peer_id, False, dead=True)
+        else:
+            await connection.aclose()
 
     # ---------------------------------------------------------------- reports
 
@@ -330,6 +356,7 @@ class ClusterPeer:
                         snapshot, self._voting, followers, self._clock, self._identity.voters
                     )
                     nursery.start_soon(keeper.run)
+                nursery.start_soon(self._knock_at_absent, leader, snapshot, followers)
                 await leader.run()
         except BaseExceptionGroup as group:
             errors, others = group.split(BitinglipError)
@@ -340,6 +367,13 @@ class ClusterPeer:
             self.leader, self.journal = None, None
             self._began_leading = trio.Event()
             journal.end("this peer leads no more")
+
+    async def _knock_at_absent(self, leader: Leader, snapshot: Snapshot, followers: Followers) -> None:
+        """A new leader has had no session yet that could end. Peers that live come by themselves."""
+        await self._clock.sleep(limits.RELINK_S)
+        for peer_id in list(snapshot.peers):
+            if peer_id != self._identity.peer_id and peer_id not in followers.linked:
+                await self._knock(peer_id, leader)
 
     async def send(self, peer_id: str, order: Order) -> None:
         """ports.Link to this peer's own executor."""

@@ -150,9 +150,9 @@ class Leader:
         except trio.BrokenResourceError:
             raise not_leading() from None
 
-    def linked(self, peer_id: str, up: bool) -> None:
+    def linked(self, peer_id: str, up: bool, *, dead: bool = False) -> None:
         """The session with this peer's process came up, or ended: evidence for `peer.decide.lose`."""
-        self._note(Linked(peer_id, up, self._clock.wall()))
+        self._note(Linked(peer_id, up, self._clock.wall(), dead))
 
     def rumour(self, peer_id: str, status: Literal["alive", "leaving", "left", "failed"]) -> None:
         """Gossip's new opinion of this peer."""
@@ -288,6 +288,9 @@ class Leader:
                     self._decide_command(item, work)
                 elif isinstance(item, Linked | Rumoured):
                     work.take(Decision(changes=[item]))
+                    if isinstance(item, Linked) and item.dead:  # beyond doubt: its tasks wait for no tick
+                        work.take(lose.lose(self._snapshot, work.now))
+                        work.take(recover.lost_attempts(self._snapshot, work.now))
                 else:
                     self._decide_report(item, work)
             if not batch:

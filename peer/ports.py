@@ -242,11 +242,15 @@ class Connection(Protocol):
         """End it; what was handed over may still arrive. Never waits for the other side."""
 
 
+REFUSED = "connection_refused"  # the code of a dial's Unavailable: its host answered that nobody listens there
+
+
 class Network(Protocol):
     """Connections between peers."""
 
     async def dial(self, peer_id: str, address: str) -> Connection:
-        """A new connection to that peer. Raises Unavailable within limits.DIAL_S_MAX."""
+        """A new connection to that peer. Raises Unavailable within limits.DIAL_S_MAX, with the code REFUSED where that is
+        certain."""
 
     async def listen(
         self,

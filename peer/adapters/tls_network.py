@@ -6,6 +6,7 @@ why not. TLS alone would let the dialler believe that it is connected before its
 
 from __future__ import annotations
 
+import errno
 import ssl
 from collections import Counter
 from collections.abc import Awaitable, Callable, Collection
@@ -19,7 +20,7 @@ from peer import limits
 from peer.adapters.certificates import ENROL_ALPN, LINK_ALPN, Credentials, Subject, subject_of
 from peer.adapters.tls_frames import FrameStream, Tls, tune
 from peer.errors import Unauthorized, Unavailable
-from peer.ports import Connection
+from peer.ports import REFUSED, Connection
 from peer.settings import split_bind
 
 log = structlog.get_logger("peer")
@@ -136,7 +137,10 @@ class TlsNetwork:
         try:
             transport = await trio.open_tcp_stream(host, port)
         except OSError as error:
-            raise Unavailable(f"{peer_id} refuses connections at {address}: {_why(error)}") from None
+            refused = _below(error).errno == errno.ECONNREFUSED
+            raise Unavailable(
+                f"{peer_id} cannot be reached at {address}: {_why(error)}", code=REFUSED if refused else ""
+            ) from None
         connection = None
         try:
             _tune(transport)
@@ -325,12 +329,16 @@ def _tune(transport: trio.SocketStream) -> None:
 
 
 def _why(error: OSError) -> str:
+    inner = _below(error)
+    return inner.strerror or str(inner)
+
+
+def _below(error: OSError) -> OSError:
     """What the system said; trio gives one error for all the addresses of a name."""
     below: BaseException | None = error.__cause__
     while isinstance(below, BaseExceptionGroup):
         below = below.exceptions[0]
-    inner = below if isinstance(below, OSError) else error
-    return inner.strerror or str(inner)
+    return below if isinstance(below, OSError) else error
 
 
 def _handshake_failed(error: BaseException) -> str:

@@ -17,7 +17,7 @@ import click
 
 from peer.cli.common import printable
 from peer.cli.exits import CliError, Exit
-from peer.cli.own_peer import await_ready, clean_environment, own_peer, with_log
+from peer.cli.own_peer import await_ready, clean_environment, own_peer
 
 if TYPE_CHECKING:
     from peer.cli.client import Client
@@ -59,7 +59,7 @@ def cluster(device: str, model: str, keep: str | None) -> int:
                 _tell(peers, model, time.monotonic() - began)
             while not stopped.wait(1.0):
                 for peer in peers:
-                    peer.check()
+                    peer.watch()
             print("stopping", flush=True)
     finally:
         for number, handler in before.items():
@@ -111,12 +111,14 @@ class _LocalPeer:
         )
         self.url = await_ready(self._process, self.directory, self.log)
 
-    def check(self) -> None:
+    def watch(self) -> None:
+        """Say so if it has ended: the others go on without it."""
         if self._process is not None and self._process.poll() is not None:
-            raise with_log(
-                CliError(f"the peer at {self.url} ended with {self._process.returncode}", Exit.FAILED),
-                self.log,
+            print(
+                f"the peer at {self.url} ended with {self._process.returncode}; its log: {self.log}",
+                flush=True,
             )
+            self._process = None
 
     def client(self) -> Client:
         from peer.cli.client import Client, find

@@ -41,6 +41,8 @@ def own_peer(directory: Path, log: Path, arguments: Sequence[str]) -> Iterator[s
         )
     try:
         yield process
+        if process.poll() is not None:
+            return  # before its time: who uses it knows
         process.send_signal(signal.SIGTERM)
         code = process.wait(STOP_S_MAX)
         if code:

@@ -22,7 +22,7 @@ def wake(snapshot: Snapshot, now: float) -> Decision:
         decision = Decision(reasons=[f"this leader was not awake for {asleep_s:.1f} s"])
         decision.changes.append(Ticked(now, slept=True))
         for peer_id in snapshot.unlinked:
-            if peer_id not in snapshot.lost:  # it may have come up again meanwhile
+            if peer_id not in snapshot.lost and not snapshot.unlinked[peer_id].dead:  # it may have come up again
                 decision.changes.append(Linked(peer_id, False, now))
         return decision
     silent = []
@@ -67,7 +67,9 @@ def _evidence(snapshot: Snapshot, now: float) -> dict[str, str]:
     """By peer, why it seems to be lost; those that are lost already are left out."""
     found = {}
     for peer_id, link in snapshot.unlinked.items():
-        if now - link.at > RELINK_S:
+        if link.dead:
+            found[peer_id] = "its process has ended"
+        elif now - link.at > RELINK_S:
             found[peer_id] = f"its session ended {now - link.at:.1f} s ago"
     for worker_id in snapshot.silent:
         peer_id = snapshot.workers[worker_id].peer_id
@@ -81,7 +83,10 @@ def _heard_at(snapshot: Snapshot, peer_id: str) -> float:
 
 
 def _confirmed(snapshot: Snapshot, now: float, peer_id: str) -> bool:
-    """By gossip that is newer than its last report, or by a long silence of which this leader slept none."""
+    """By its host, by gossip that is newer than its last report, or by a long silence while this leader was awake."""
+    link = snapshot.unlinked.get(peer_id)
+    if link is not None and link.dead:
+        return True
     since = max(snapshot.listened.get(w, snapshot.silent.get(w, 0.0)) for w in snapshot.peers[peer_id])
     return now - since > LOSS_CONFIRM_S or _rumoured(snapshot, peer_id, _heard_at(snapshot, peer_id))
 

@@ -101,11 +101,13 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Linked:
-    """The leader's session with this peer's process came up, or ended."""
+    """The leader's session with this peer's process came up, or ended. `dead`: its host says that there is no such process
+    any more, by refusing a new connection to it."""
 
     peer_id: str
     up: bool
     at: float
+    dead: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from trio import TASK_STATUS_IGNORED, TaskStatus
 
 from peer import limits
 from peer.errors import Unavailable
-from peer.ports import Connection
+from peer.ports import REFUSED, Connection
 from simulations.errors import SimulatorError
 from simulations.world.connections import RETRANSMIT_S, RETRANSMIT_S_MAX, Pipe, SimConnection
 from simulations.world.kernel import Incarnation, World
@@ -63,7 +63,7 @@ class SimPort:
         await self._round_trip(peer_id, address, give_up_at)
         there = self.network.port_at(address)
         if there is None or there.listener is None:
-            raise Unavailable(f"{peer_id} refuses connections at {address}")
+            raise Unavailable(f"{peer_id} refuses connections at {address}", code=REFUSED)
         if there.incarnation.peer_id != peer_id:
             await self._round_trip(peer_id, address, give_up_at)
             raise Unavailable(f"{there.incarnation.peer_id} answers at {address} in place of {peer_id}")

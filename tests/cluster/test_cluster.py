@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from peer.errors import NotFound, Unavailable
-from peer.limits import GUARD_S, STEP_DOWN_S
+from peer.limits import GUARD_S, RELINK_S, STEP_DOWN_S
 from peer.ports import LEADER_KEY, Delete
 from peer.state import command as asks
 from peer.state.event import Event
@@ -115,8 +115,8 @@ def test_a_leader_whose_commits_fail_goes_on_as_a_follower() -> None:
         fleet.store.apply_txn([], [Delete(LEADER_KEY)], [], "h9")
         with pytest.raises(Unavailable):
             await host.peer.leader.call(submission())
+        await until(lambda: leadership.lost)
         await until(lambda: led(fleet))
-        assert leadership.lost
         assert host.lives == 1
 
     in_a_cluster(script)
@@ -172,6 +172,33 @@ def test_a_voter_finds_the_leader_in_the_store_when_gossip_knows_nobody() -> Non
         fleet.gossip.agent_dies(other.peer_id)
         await until(lambda: other.peer.follower.leader == fleet.leaders()[0], 10.0)
         assert set(other.peer.membership.members) <= {other.peer_id}
+
+    in_a_cluster(script)
+
+
+def test_the_tasks_of_a_process_that_has_ended_wait_for_no_time_limit() -> None:
+    async def script(fleet: Fleet) -> None:
+        leader = fleet.hosts[fleet.leaders()[0]].peer.leader
+        held: dict[str, str] = {}  # by follower, a task that it runs
+
+        async def spread() -> bool:
+            submitted = await leader.call(submission(tokens=2_000))
+            await trio.sleep(5.0)
+            view = await leader.call(asks.GetTask(task_id=submitted.view.task.task_id))
+            peer_id = (view.task.worker_id or "").partition("-")[0]
+            if view.task.status is Status.RUNNING and peer_id not in fleet.leaders():
+                held[peer_id] = view.task.task_id
+            return bool(held)
+
+        with trio.fail_after(300.0):
+            while not await spread():
+                pass
+        peer_id, task_id = held.popitem()
+        fleet.hosts[peer_id].kill()
+        began = trio.current_time()
+        while (await leader.call(asks.GetTask(task_id=task_id))).task.status is Status.RUNNING:
+            await trio.sleep(0.01)
+            assert trio.current_time() - began < RELINK_S / 2
 
     in_a_cluster(script)
 
