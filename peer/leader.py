@@ -31,7 +31,7 @@ from peer.state.enrol import Revocation
 from peer.state.key import ApiKey
 from peer.state.model import Model
 from peer.state.order import AttemptFinished, Order, Report, RunAttempt, WorkerReported
-from peer.state.quota import Counted, Spend, Verdict
+from peer.state.quota import Counted
 from peer.state.record import decode, ended_at, idempotency_key, prefix_end, task_id
 from peer.state.snapshot import Linked, Policy, Rumoured, Snapshot, StoreWrites
 from peer.state.task import Idempotency, Task
@@ -166,10 +166,6 @@ class Leader:
             self._late_evidence[type(evidence), evidence.peer_id] = evidence
         except trio.BrokenResourceError:
             pass  # it leads no more
-
-    def spend(self, ask: Spend) -> Verdict | None:
-        """Count a request of a key; of this peer's clients without a detour."""
-        return self.quota.windows.check(ask.key_id, self._clock.now(), ask.per_hour, ask.per_minute)
 
     async def call(self, request: asks.Request) -> Any:
         """Commands are handed over to the leader's task: a caller that goes away does not undo them."""
@@ -341,7 +337,7 @@ class Leader:
         self._journal.publish(work.events)
         for pending in commands:
             if isinstance(pending.command, asks.HostCommand) and pending.error is None:
-                self._answer_host(pending, pending.command)
+                pending.answer, pending.error = self._registrar.answer(pending.command, pending.answer)
             pending.done.set()
         of_keys = asks.CreateKey | asks.RevokeKey
         if self._registrar.news() or any(isinstance(pending.command, of_keys) for pending in commands):
@@ -352,15 +348,6 @@ class Leader:
             if isinstance(order, RunAttempt):
                 self._answers.moved(order.task_id)
             await self._order(peer_id, order)
-
-    def _answer_host(self, pending: _Pending, command: asks.HostCommand) -> None:
-        try:
-            pending.answer = self._registrar.answer(command, pending.answer)
-        except BitinglipError as error:
-            pending.error = error
-        except Exception:
-            log.exception("answer_failed", command=type(command).__name__)
-            pending.error = _internal()
 
     async def _order(self, peer_id: str, order: Order) -> None:
         try:
@@ -404,7 +391,7 @@ class Leader:
         except Exception:
             # Decisions change nothing before they return, so a bug in one costs this command and no more.
             log.exception("command_failed", command=type(pending.command).__name__)
-            pending.error = _internal()
+            pending.error = BitinglipError("an internal error; it has been logged")
         else:
             work.take(decision)
             pending.answer = decision.reply
@@ -490,10 +477,6 @@ class Leader:
         for task in tasks:
             self._answers.forget(task.task_id)
         return len(names) == limits.RETENTION_BATCH
-
-
-def _internal() -> BitinglipError:
-    return BitinglipError("an internal error; it has been logged")
 
 
 def _store_silent(error: BitinglipError) -> Unavailable:

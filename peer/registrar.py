@@ -13,7 +13,7 @@ import structlog
 
 from peer.decide import enrol, lose
 from peer.decide.decision import Decision
-from peer.errors import ConfigError, Conflict, Unavailable
+from peer.errors import BitinglipError, ConfigError, Conflict, Unavailable
 from peer.ports import Authority, Entropy
 from peer.state.command import HostCommand
 from peer.state.enrol import (
@@ -103,8 +103,18 @@ class Registrar:
 
     # ---------------------------------------------------------------- after the commit
 
-    def answer(self, command: HostCommand, reply: Any) -> Any:
-        """What the caller gets for what was decided, now that it is durable. Raises BitinglipError."""
+    def answer(self, command: HostCommand, reply: Any) -> tuple[Any, BitinglipError | None]:
+        """What the caller gets for what was decided, now that it is durable, or an error."""
+        try:
+            return self._answer(command, reply), None
+        except BitinglipError as error:
+            return None, error
+        except Exception:
+            # A signature that fails costs this caller and no more: it is not to end the leadership.
+            log.exception("signing_failed", command=type(command).__name__)
+            return None, BitinglipError("an internal error; it has been logged")
+
+    def _answer(self, command: HostCommand, reply: Any) -> Any:
         authority = self._here()
         with _usable():
             if isinstance(reply, Grant) and isinstance(command, Enrol | Renew):

@@ -22,6 +22,7 @@ BROAD_EXCEPT_ALLOWED = frozenset(
         "peer.adapters.telemetry_amdsmi:open_amdsmi",  # AMD's package raises anything while it is imported
         "peer.leader:_decide_command",  # a bug in a decision costs that command and no more
         "peer.leader:_decide_report",  # likewise that report
+        "peer.registrar:answer",  # likewise a signature that fails
         "simulations.campaign:perform",  # a simulator that breaks in one run must not take the campaign with it
         "simulations.policy.driver:run",  # what no decision raised is the simulator's own fault, and says so
         "simulations.policy.shell:_apply",  # a decision that cannot be applied is a failure found
