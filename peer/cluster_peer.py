@@ -10,7 +10,7 @@ from typing import Final
 import structlog
 import trio
 
-from peer import limits
+from peer import health, limits
 from peer.decide import members
 from peer.decide.quota import Quota
 from peer.decide.voters import Bounds
@@ -160,6 +160,11 @@ class ClusterPeer:
         with trio.move_on_after(limits.ENGINE_STOP_S_MAX):
             await self._executed.wait()
         return done
+
+    def stuck(self) -> str:
+        """Which loop stands still: see peer.health."""
+        leading = self.leader.came_round_at if self.leader is not None else None
+        return health.stuck(trio.current_time(), leader=leading, executor=self.executor.came_round_at)
 
     def configure(self, policy: Policy, catalogue: Mapping[str, Model]) -> None:
         """Take a reloaded configuration: it is in force while this peer leads."""

@@ -29,6 +29,7 @@ from peer.adapters.cluster_files import ClusterFiles
 from peer.adapters.devices import find_devices
 from peer.adapters.engine_process import EngineProcess
 from peer.adapters.fetch import Fetcher
+from peer.adapters.service_manager import ServiceManager
 from peer.adapters.sqlite_store import SqliteStore
 from peer.adapters.telemetry import Telemetries, open_telemetry
 from peer.adapters.telemetry_host import Host
@@ -88,6 +89,9 @@ class Peer(Protocol):
     def configure(self, policy: Policy, catalogue: Mapping[str, Model]) -> None:
         """Take a reloaded configuration."""
 
+    def stuck(self) -> str:
+        """Which of its loops stands still, "" if none."""
+
 
 def policy_of(config: Config) -> Policy:
     return Policy(
@@ -115,6 +119,7 @@ async def run_node(
     StoreError (the store broke while serving).
     """
     logs.setup(config.log.level, config.log.format)
+    manager = ServiceManager.from_environment(os.environ)
     data_dir = Path(config.data_dir)
     identity.make_folder(data_dir)
     catalogue = read_catalogue(config.models.catalogue)
@@ -122,7 +127,7 @@ async def run_node(
     _require_known(wanted, catalogue)
     devices = find_devices(config.engine.devices)
     with identity.exclusive(data_dir), trio.open_signal_receiver(*_SIGNALS) as signals:
-        node = _Node(config, data_dir, catalogue, devices)
+        node = _Node(config, data_dir, catalogue, devices, manager)
         await node.serve(signals, wanted, on_ready, reload)
     log.info("stopped")
     return 0
@@ -143,8 +148,14 @@ class _Node:
     """One life of a peer, from an open store to the end of its last task."""
 
     def __init__(
-        self, config: Config, data_dir: Path, catalogue: Mapping[str, Model], devices: tuple[Device, ...]
+        self,
+        config: Config,
+        data_dir: Path,
+        catalogue: Mapping[str, Model],
+        devices: tuple[Device, ...],
+        manager: ServiceManager,
     ) -> None:
+        self._manager = manager
         self._config = config
         self._data_dir = data_dir
         self._catalogue = catalogue
@@ -174,6 +185,8 @@ class _Node:
                         await self._admin_key(peer.cluster, meanwhile)
                         info = self._announce(bound, peer.executor.peer_id, peer_file)
                         peer.cluster.not_ready = ""
+                        self._manager.ready(f"serving at {info.url}")
+                        meanwhile.start_soon(self._manager.watchdog, peer.stuck)
                         if on_ready is not None:
                             on_ready(info)
                         for name in wanted:
@@ -181,6 +194,7 @@ class _Node:
                         await self._wait_for_stop(signals, peer, app, reload)
                         meanwhile.start_soon(self._second_signal, signals, meanwhile.cancel_scope)
                         peer.cluster.not_ready = "this peer is stopping"
+                        self._manager.stopping(self._config.drain_s)
                         await peer.drain(self._config.drain_s)
                         meanwhile.cancel_scope.cancel()
                     no_more_requests.set()
@@ -351,7 +365,9 @@ class _Node:
                 log.info("stopping", signal=signal.Signals(number).name, drain_s=self._config.drain_s)
                 return
             if reload is not None:
+                self._manager.reloading()
                 self._reload(peer, app, reload)
+                self._manager.ready()
 
     def _reload(self, peer: Peer, app: ApiApp, reload: Callable[[], Config]) -> None:
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import structlog
 import trio
 
-from peer import limits
+from peer import health, limits
 from peer.errors import Unavailable
 from peer.establish import load_snapshot, take_leadership
 from peer.executor import Executor
@@ -74,6 +74,11 @@ class SinglePeer:
 
     def configure(self, policy: Policy, catalogue: Mapping[str, Model]) -> None:
         self._leader.configure(policy, catalogue)
+
+    def stuck(self) -> str:
+        """Which loop stands still: see peer.health."""
+        now = trio.current_time()
+        return health.stuck(now, leader=self._leader.came_round_at, executor=self.executor.came_round_at)
 
     async def drain(self, limit_s: float) -> bool:
         """Take no new tasks, begin none, let those that run come to their end, and end the engines."""
