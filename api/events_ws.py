@@ -18,7 +18,7 @@ from msgspec import Meta
 from quart import Response, websocket
 from werkzeug.exceptions import HTTPException
 
-from api import errors, format, schemas
+from api import errors, format, schemas_live
 from api.http import REQUEST_ID, Call, Param, Reply, Route, new_request_id, parse_query
 from peer import limits
 from peer.errors import (
@@ -75,8 +75,8 @@ def data_view(data: dict[str, Any]) -> dict[str, Any]:
     return shown
 
 
-def view(event: Event) -> schemas.ClusterEvent:
-    return schemas.ClusterEvent(
+def view(event: Event) -> schemas_live.ClusterEvent:
+    return schemas_live.ClusterEvent(
         id=event.id,
         event=event.event,
         timestamp=format.timestamp(event.timestamp),
@@ -264,7 +264,7 @@ async def ticket(call: Call) -> Reply:
     api = call.api
     text = secrets.token_urlsafe(24)
     await api.cluster.call(KeepTicket(ticket=text, key_id=call.caller.key_id))
-    made = schemas.Ticket(
+    made = schemas_live.Ticket(
         ticket=text,
         expires_in=int(limits.TICKET_S),
         expires_at=format.timestamp(api.clock.wall() + limits.TICKET_S),
@@ -292,7 +292,7 @@ ROUTES = (
         needs_upgrade,
         "read",
         "Events as they happen (WebSocket)",
-        schemas.ClusterEvent,
+        schemas_live.ClusterEvent,
         101,
         description=(
             "A WebSocket. Authenticate by the Authorization header, by the subprotocols"
@@ -312,5 +312,5 @@ ROUTES = (
         ),
         errors=(404,),
     ),
-    Route("POST", "/ws/ticket", ticket, "read", "A one-time ticket for a WebSocket", schemas.Ticket, 201),
+    Route("POST", "/ws/ticket", ticket, "read", "A one-time ticket for a WebSocket", schemas_live.Ticket, 201),
 )

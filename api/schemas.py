@@ -7,7 +7,7 @@ beyond the document. Times that end in `_seconds`, sizes that end in `_bytes` ar
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -492,34 +492,3 @@ class HostList(Answer):
 class RevokedHost(Answer):
     peer_id: str
     revoked_at: str
-
-
-class Ticket(Answer):
-    ticket: str
-    expires_in: int
-    expires_at: str
-
-
-class ClusterEvent(Answer):
-    """A message of `/ws`."""
-
-    id: int
-    event: str
-    timestamp: str
-    data: dict[str, Any]
-
-
-class TokenData(Answer):
-    """Data of an SSE event `token`. `index` counts that attempt's tokens before this piece."""
-
-    index: int
-    text: str
-    count: int
-    attempt: int
-
-
-class RestartData(Answer):
-    """Data of an SSE event `restart`: what came before is void."""
-
-    attempt: int
-    reason: str

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import trio
 
-from api import errors, schemas
+from api import errors, schemas_live
 from api.http import Call, Reply, Route
 from api.tasks import detail
 from peer import limits
@@ -28,11 +28,11 @@ def message(item: StreamItem) -> bytes:
     """One server-sent event."""
     if isinstance(item, StreamToken):
         data = _encode(
-            schemas.TokenData(index=item.index, text=item.text, count=item.count, attempt=item.attempt)
+            schemas_live.TokenData(index=item.index, text=item.text, count=item.count, attempt=item.attempt)
         )
         return b"event: token\ndata: " + data + b"\n\n"
     if isinstance(item, StreamRestart):
-        restart = schemas.RestartData(attempt=item.attempt, reason=item.reason)
+        restart = schemas_live.RestartData(attempt=item.attempt, reason=item.reason)
         return b"event: restart\ndata: " + _encode(restart) + b"\n\n"
     return b"event: done\ndata: " + _encode(detail(item.view)) + b"\n\n"
 

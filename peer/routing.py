@@ -118,11 +118,13 @@ class RoutedCluster:
         """Counted by the leader. Where none answers soon, this peer's own count of what came to it decides: so limits
         hold on the minority side of a partition too, each peer for itself, and what needs no leader is served."""
         leader = self._leading.leader
+        verdict: Verdict | None
         if leader is not None:
-            return leader.spend(ask)
+            verdict = await leader.call(ask)
+            return verdict
         own = self.windows.check(ask.key_id, self._clock.now(), ask.per_hour, ask.per_minute)
         with trio.move_on_after(limits.COUNT_S_MAX), suppress(BitinglipError):
-            verdict: Verdict | None = await self._follower.call(ask)
+            verdict = await self._follower.call(ask)
             return verdict
         return own
 

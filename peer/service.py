@@ -38,7 +38,8 @@ class LocalCluster:
         return await self._leader.call(query), None
 
     async def spend(self, ask: Spend) -> Verdict | None:
-        return self._leader.spend(ask)
+        verdict: Verdict | None = await self._leader.call(ask)
+        return verdict
 
     def key(self, key_id: str) -> ApiKey | None:
         return self._leader.key(key_id)

@@ -16,7 +16,8 @@ import trio
 from api.app import ApiApp, create_app
 from api.serve import serve
 from peer.config import Api, Config, Limits
-from tests.api.fake_cluster import FakeClock, FakeCluster, token
+from tests.api.fake_cluster import FakeCluster
+from tests.api.fake_parts import FakeClock, token
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ import pytest
 
 from peer.state import command
 from tests.api.conftest import RunningServer, eventually, submission
-from tests.api.fake_cluster import token
+from tests.api.fake_parts import token
 
 ISO = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ")
 

@@ -18,7 +18,7 @@ from api import events_ws, wire
 from peer.config import Limits
 from peer.errors import Unavailable
 from tests.api.conftest import RunningServer, eventually
-from tests.api.fake_cluster import token
+from tests.api.fake_parts import token
 
 BIG = "x" * 60_000
 

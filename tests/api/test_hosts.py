@@ -11,7 +11,7 @@ from peer.errors import Conflict
 from peer.state import enrol as records
 from peer.state.enrol import CreateJoinToken, RevokeHost
 from tests.api.conftest import RunningServer
-from tests.api.fake_cluster import WALL
+from tests.api.fake_parts import WALL
 
 
 def test_a_token_is_made_and_shown_once(client: httpx.Client, server: RunningServer) -> None:

@@ -16,7 +16,7 @@ import pytest
 from api.app import ROUTES
 from api.openapi import build, statuses_of
 from tests.api.conftest import RunningServer, submission
-from tests.api.fake_cluster import token
+from tests.api.fake_parts import token
 
 REFERENCE = (
     "GET /health",

@@ -12,7 +12,7 @@ import pytest
 from peer.config import Api, Config, Limits
 from peer.errors import BitinglipError, Conflict, Overloaded, Unavailable
 from tests.api.conftest import RunningServer, submission
-from tests.api.fake_cluster import SECRETS, api_key, token
+from tests.api.fake_parts import SECRETS, api_key, token
 
 
 def check_error(answer: httpx.Response, status: int, code: str = "") -> dict[str, Any]:
@@ -432,3 +432,43 @@ def test_no_http2(server: RunningServer) -> None:
 def test_absolute_form(server: RunningServer) -> None:
     data = b"GET http://x/livez HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
     assert exchange(server, data).startswith(b"HTTP/1.1 200 ")
+
+
+READS = (
+    "/cluster/status",
+    "/cluster/metrics",
+    "/workers",
+    "/workers/worker-001",
+    "/models",
+    "/models/assignments",
+    "/tasks",
+)
+
+
+def test_old_answers_are_marked(server: RunningServer, client: httpx.Client, task_id: str) -> None:
+    for path in (*READS, f"/tasks/{task_id}"):
+        fresh = client.get(path, params={"stale": "ok"})
+        assert fresh.status_code == 200
+        assert "x-bitinglip-stale" not in fresh.headers
+        assert "stale_seconds" not in fresh.json()
+        server.cluster.stale_s = 41.2345
+        old = client.get(path, params={"stale": "ok"})
+        assert old.headers["x-bitinglip-stale"] == "42"
+        assert old.json() == fresh.json() | {"stale_seconds": 41.234}
+        not_taken = client.get(path)
+        assert "x-bitinglip-stale" not in not_taken.headers
+        assert not_taken.json() == fresh.json()
+        server.cluster.stale_s = None
+
+
+def test_old_answers_are_for_reads_that_say_so(client: httpx.Client) -> None:
+    check_error(client.get("/workers", params={"stale": "yes"}), 400)
+    check_error(client.get("/keys", params={"stale": "ok"}), 400)
+    check_error(client.post("/tasks", params={"stale": "ok"}, json=submission()), 400)
+
+
+def test_without_a_leader(server: RunningServer, client: httpx.Client) -> None:
+    server.cluster.failure = Unavailable("no majority", code="no_leader", retry_after_s=5.0)
+    for answer in (client.get("/workers"), client.post("/tasks", json=submission())):
+        check_error(answer, 503, "no_leader")
+        assert answer.headers["retry-after"] == "5"

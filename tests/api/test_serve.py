@@ -20,7 +20,7 @@ from peer.config import Api, Tls
 from peer.errors import ConfigError
 from peer.state import command
 from tests.api.conftest import RunningServer, eventually, submission
-from tests.api.fake_cluster import token
+from tests.api.fake_parts import token
 from tests.api.test_refusals import check_error, exchange
 
 HEAD = f"POST /tasks HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {token('admin')}\r\n".encode()

@@ -15,7 +15,7 @@ from peer import limits
 from peer.errors import Unavailable
 from peer.state.command import StreamEnd, StreamRestart, StreamToken
 from tests.api.conftest import RunningServer, eventually
-from tests.api.fake_cluster import token
+from tests.api.fake_parts import token
 
 
 def events(lines: Iterator[str]) -> Iterator[tuple[str, Any]]:
