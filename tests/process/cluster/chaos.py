@@ -21,7 +21,7 @@ ENGINE_KILLS = tuple(each for each in scenarios.ALL if each.name.startswith(scen
 ENGINE_KILLS_MAX = 2
 ENGINE_KILLS_WITHIN = 40  # faults: more than ten minutes
 HEAD = (
-    f"{'':>4} {'fault':<28} {'on':<4} {'gap':>7} {'whole after':>12} {'epochs':>7} {'tasks':>6} "
+    f"{'':>4} {'fault':<28} {'on':<4} {'gap':>7} {'whole after':>12} {'elections':>9} {'tasks':>6} "
     f"{'re-queued':>10}  checks"
 )
 
@@ -61,7 +61,7 @@ def _rounds(made: Cluster, count: int, chance: random.Random) -> list[Round]:
         done.append(found)
         print(
             f"{number:>4} {found.fault:<28} {found.target:<4} {found.gap_s:>5.1f} s {found.settled_s:>10.1f} s "
-            f"{found.epochs:>7} {found.tasks:>6} {found.requeued:>10}  ok",
+            f"{found.elections:>9} {found.tasks:>6} {found.requeued:>10}  ok",
             flush=True,
         )
     return done

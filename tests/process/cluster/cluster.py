@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +13,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import httpx
-import trio
 
-from peer.adapters.etcd_store import EtcdStore
-from peer.ports import LEADER_KEY, Compare, Put
-from tests.process.cluster import check, faults
+from tests.process.cluster import check, stores
 from tests.process.cluster.clients import Caller, Clients
 from tests.process.cluster.faults import Faults
 from tests.process.cluster.history import FINISHED, History
@@ -145,6 +141,8 @@ class Cluster:
         poll("one leader is agreed", self._leader, left(), POLL_S)
         poll("all workers are online", self._all_online, left(), POLL_S)
         poll("all are voters", self._all_vote, left(), POLL_S)
+        for member in self.members:
+            poll(f"the store of {member.host.name} answers", partial(stores.answers, member), left(), POLL_S)
         self.await_tasks(left())
 
     def _all_online(self) -> bool:
@@ -177,8 +175,12 @@ class Cluster:
 
     def check(self) -> tuple[int, int]:
         """(tasks, attempts beyond the first) since the last check. Fails with what is wrong."""
-        check.leaders({member.peer_id: member.log_lines() for member in self.members})
+        self.leaderships()
         return check.tasks(self.history)
+
+    def leaderships(self) -> dict[int, str]:
+        """Who led in each epoch until now."""
+        return check.leaders({member.peer_id: member.log_lines() for member in self.members})
 
     def check_all_kept(self) -> None:
         """Every task that ever was acknowledged is there, as it was, on a peer by turns."""
@@ -202,26 +204,10 @@ class Cluster:
         answer = self._caller.call(peer, "POST", "/tasks", json=submission(key), headers=headers)
         return bool(self.history.submitted("probe", key, answer))
 
-    def write_is_refused(self, member: Member, epoch: int) -> None:
-        """What a leader of an epoch that is over writes, at its own store, is refused."""
-        folder = faults.having(member.host, "etcd")[0].cwd()
-        # by a descriptor: the path of a socket has to be short
-        descriptor = os.open(member.host.seen(Path(folder)), os.O_PATH | os.O_DIRECTORY)
-        try:
-            taken = trio.run(_write, f"unix:/proc/self/fd/{descriptor}/etcd.sock:0", epoch)
-        finally:
-            os.close(descriptor)
-        assert not taken, f"a write of epoch {epoch}, which is over, was taken"
-
-
-async def _write(address: str, epoch: int) -> bool:
-    store = EtcdStore(address)
-    try:
-        with trio.fail_after(ASK_S_MAX):
-            holds = [Compare(LEADER_KEY, "create_revision", epoch)]
-            return (await store.txn(holds, [Put("stale", b"of a leader that was")])).succeeded
-    finally:
-        await store.aclose()
+    def check_fencing(self, member: Member, over: int) -> None:
+        """What a leader of an epoch that is over writes at this host's store is refused; the leader's is not."""
+        assert not stores.takes_write(member, over), f"a write of epoch {over}, which is over, was taken"
+        assert stores.takes_write(member, self.epoch()), "nobody can write at all"
 
 
 @contextmanager

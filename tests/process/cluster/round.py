@@ -20,12 +20,12 @@ class Round:
     settled_s: float
     requeued: int
     tasks: int
-    epochs: int
+    elections: int
 
 
 def perform(cluster: Cluster, scenario: Scenario, chance: random.Random) -> Round:
     """Do it, wait until the cluster is whole, check. Fails with what is wrong."""
-    before = cluster.epoch()
+    before, led = cluster.epoch(), len(cluster.leaderships())
     began = time.monotonic()
     target = scenario.run(cluster, chance)
     over = time.monotonic()
@@ -35,7 +35,8 @@ def perform(cluster: Cluster, scenario: Scenario, chance: random.Random) -> Roun
     assert epoch >= before, f"the epoch fell from {before} to {epoch}"
     if epoch > before:
         for member in cluster.members:
-            cluster.write_is_refused(member, before)
+            cluster.check_fencing(member, before)
     tasks, requeued = cluster.check()
     gap_s = cluster.history.gap_s(began, now)
-    return Round(scenario.name, target, gap_s, now - over, requeued, tasks, epoch - before)
+    elections = len(cluster.leaderships()) - led
+    return Round(scenario.name, target, gap_s, now - over, requeued, tasks, elections)

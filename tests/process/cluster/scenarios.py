@@ -11,16 +11,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from tests.process.cluster import faults
+from tests.process.cluster import faults, stores
 from tests.process.cluster.cluster import Cluster
 from tests.process.cluster.faults import Role
 from tests.process.cluster.member import STORE, Member
+from tests.process.peers import poll
 
 HOLD_S: Final = 8.0  # of faults that last: longer than a lease
 FREEZE_S: Final = 10.0
 DOWN_S: Final = 2.0  # between a kill and the start
 LOSS_PERCENT: Final = 20
 DELAY_S: Final = 0.2
+SWELL_PIECES: Final = 16  # MiB: more than its file grows by at once
 
 Deed = Callable[[Cluster, Member], None]
 
@@ -114,7 +116,21 @@ def _no_quorum_blocked(cluster: Cluster, target: Member) -> None:
 
 
 def _fill_disk(cluster: Cluster, target: Member) -> None:
+    """Its store needs room, gets none, and ends."""
+    other = next(member for member in cluster.members if member is not target)
+    before = faults.having(target.host, "etcd")
     faults.fill_disk(target.host)
+    stores.swell(other, SWELL_PIECES)
+    name = target.host.name
+    poll(f"the store of {name} ends", lambda: faults.having(target.host, "etcd") != before, HOLD_S)
+    time.sleep(HOLD_S)
+    stores.shrink(other)
+
+
+def _fill_disk_and_kill_store(cluster: Cluster, target: Member) -> None:
+    """Its store has to start on a disk that is full."""
+    faults.fill_disk(target.host)
+    faults.kill(faults.having(target.host, "etcd"))
     time.sleep(HOLD_S)
 
 
@@ -143,4 +159,6 @@ ALL: Final = (
     Scenario("stores of others frozen", _no_quorum_frozen),
     Scenario("stores cut off", _no_quorum_blocked),
     Scenario("disk full on leader", _fill_disk),
+    Scenario("disk full, store killed", _fill_disk_and_kill_store),
+    Scenario("disk full on follower", _fill_disk, leader=False),
 )

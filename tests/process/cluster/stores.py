@@ -1,0 +1,109 @@
+"""The store of a cluster, asked behind the peers' backs, at the member of one host."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+from typing import Final
+
+import trio
+
+from peer.adapters.etcd_member import SOCKET
+from peer.adapters.etcd_store import EtcdStore
+from peer.errors import BitinglipError, Unavailable
+from peer.ports import LEADER_KEY, Compare, Delete, Put
+from tests.process.cluster import faults
+from tests.process.cluster.member import Member
+
+ASK_S_MAX: Final = 5.0
+KEYS: Final = tuple(f"of-a-test/{number}" for number in range(8))  # the history of one key takes room, too
+PIECE_BYTES: Final = 1024 * 1024
+SWELL_S_MAX: Final = 30.0
+PAUSE_S: Final = 0.2
+
+_NONE: Final = [Delete(key) for key in KEYS]
+
+
+@contextmanager
+def _address(member: Member) -> Iterator[str]:
+    """Of its store member; by a descriptor, since the path of a socket has to be short. Raises Unavailable."""
+    found = faults.having(member.host, "etcd")
+    if not found:
+        raise Unavailable(f"{member.host.name} has no store member that runs")
+    folder = found[0].cwd()
+    descriptor = os.open(member.host.seen(Path(folder)), os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"unix:/proc/self/fd/{descriptor}/{SOCKET}"
+    finally:
+        os.close(descriptor)
+
+
+@asynccontextmanager
+async def _opened(address: str) -> AsyncIterator[EtcdStore]:
+    store = EtcdStore(address)
+    try:
+        yield store
+    finally:
+        await store.aclose()
+
+
+def answers(member: Member) -> bool:
+    """Whether this host's member runs and is one of a quorum."""
+
+    async def ask(address: str) -> bool:
+        async with _opened(address) as store:
+            with trio.move_on_after(ASK_S_MAX):
+                await store.get([LEADER_KEY])
+                return True
+        return False
+
+    try:
+        with _address(member) as address:
+            return trio.run(ask, address)
+    except BitinglipError:
+        return False
+
+
+def takes_write(member: Member, epoch: int) -> bool:
+    """Whether a leader of this epoch could write now, at this host's member. What is tried changes nothing."""
+
+    async def write(address: str) -> bool:
+        async with _opened(address) as store:
+            with trio.fail_after(ASK_S_MAX):
+                holds = [Compare(LEADER_KEY, "create_revision", epoch)]
+                return (await store.txn(holds, _NONE)).succeeded
+
+    with _address(member) as address:
+        return trio.run(write, address)
+
+
+def swell(member: Member, pieces: int) -> None:
+    """Write so many MiB more than the store's file has room for, so that every member's disk has to give some."""
+
+    async def write(address: str) -> None:
+        async with _opened(address) as store:
+            status = await store.client.status()
+            room = (status.db_bytes - status.db_bytes_in_use) // PIECE_BYTES
+            with trio.move_on_after(SWELL_S_MAX):
+                for number in range(room + pieces):
+                    try:
+                        await store.txn([], [Put(KEYS[number % len(KEYS)], os.urandom(PIECE_BYTES))])
+                    except BitinglipError:
+                        await trio.sleep(PAUSE_S)  # the store's leader may be the one that is full
+
+    with _address(member) as address:
+        trio.run(write, address)
+
+
+def shrink(member: Member) -> None:
+    """What `swell` wrote goes again."""
+
+    async def write(address: str) -> None:
+        async with _opened(address) as store:
+            with trio.fail_after(ASK_S_MAX):
+                await store.txn([], _NONE)
+
+    with _address(member) as address:
+        trio.run(write, address)
