@@ -46,6 +46,10 @@ class Rig(ABC):
     def address(self, peer_id: str) -> str:
         """Of its host."""
 
+    @abstractmethod
+    def port(self, peer_id: str) -> int:
+        """Of its gossip."""
+
     async def view(self, observer: str) -> View:
         return {member.peer_id: member for member in await self.gossips[observer].members()}
 
@@ -89,7 +93,8 @@ class GossipContract(ABC):
         async def scenario(rig: Rig) -> None:
             await rig.start("h1")
             (me,) = await rig.gossips["h1"].members()
-            assert me == Member(peer_id="h1", address=rig.address("h1"), status="alive", tags={})
+            address, port = rig.address("h1"), rig.port("h1")
+            assert me == Member(peer_id="h1", address=address, status="alive", tags={}, port=port)
             for tags in ({"role": "leader", "epoch": "7"}, {"epoch": "8", "é~": "ü \u2028"}, {}, {"a": ""}):
                 await rig.gossips["h1"].set_tags(tags)
                 assert (await rig.view("h1"))["h1"].tags == tags
@@ -102,6 +107,7 @@ class GossipContract(ABC):
             for observer in PEERS:
                 for subject, member in (await rig.view(observer)).items():
                     assert (member.peer_id, member.address) == (subject, rig.address(subject))
+                    assert member.port == rig.port(subject)
             for tags in ({"role": "follower", "link": "127.0.0.1:1"}, {"role": "leader", "epoch": "3"}, {}):
                 await rig.gossips["h2"].set_tags(tags)
                 await rig.seen(f"tags {tags}", tagged("h2", tags))

@@ -42,6 +42,9 @@ class SerfRig(Rig):
     def address(self, peer_id: str) -> str:
         return f"127.0.0.{peer_id[1:]}"
 
+    def port(self, peer_id: str) -> int:
+        return self.ports[peer_id]
+
     def config(self, peer_id: str, name: str = "") -> AgentConfig:
         port = self.ports.setdefault(peer_id, free_port(self.address(peer_id)))
         return AgentConfig(

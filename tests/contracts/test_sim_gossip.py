@@ -33,6 +33,9 @@ class SimRig(Rig):
     def address(self, peer_id: str) -> str:
         return f"{peer_id}.example"
 
+    def port(self, peer_id: str) -> int:
+        return 7946
+
 
 class TestSimGossip(GossipContract):
     """The contract."""
