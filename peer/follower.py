@@ -154,7 +154,7 @@ class Follower:
     def _open(self, forwarded: _Forwarded) -> int:
         if self._session is None:
             raise no_session()
-        if len(self._calls) >= limits.CALLS_MAX + limits.WEBSOCKETS_MAX:
+        if len(self._calls) >= limits.ASKED_MAX:
             raise Overloaded("this peer has too many requests open", retry_after_s=1.0)
         self._calls_made += 1
         self._calls[self._calls_made] = forwarded
@@ -312,7 +312,7 @@ class Follower:
         except trio.WouldBlock:
             # The reader is behind by the bound: it gets what is there, then its end.
             forwarded.send.close()
-            del self._calls[frame.call_id]
+            self._close(frame.call_id)
 
 
 def no_session() -> Unavailable:

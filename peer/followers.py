@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Final
 
 import structlog
 import trio
@@ -25,8 +24,6 @@ from peer.state.order import Order
 from peer.state.voter import LinkedPeer, Seat
 
 log = structlog.get_logger("followers")
-
-_SUBSCRIPTIONS_MAX: Final = limits.WEBSOCKETS_MAX  # of one peer
 
 
 class Followers:
@@ -152,10 +149,9 @@ class _Served:
             case wire.Reported():
                 await self._leader.report(frame.report)
             case wire.Call():
-                self._begin(frame.call_id, limits.CALLS_MAX, partial(self._call, frame))
+                self._begin(frame.call_id, partial(self._call, frame))
             case wire.Subscribe():
-                most = limits.CALLS_MAX + _SUBSCRIPTIONS_MAX
-                self._begin(frame.call_id, most, partial(self._subscribe, frame))
+                self._begin(frame.call_id, partial(self._subscribe, frame))
             case wire.GiveUp():
                 scope = self._calls.get(frame.call_id)
                 if scope is not None:
@@ -167,8 +163,8 @@ class _Served:
             case _:
                 pass  # of a newer version, or nothing for a leader
 
-    def _begin(self, call_id: int, most: int, serve: Callable[[], Awaitable[wire.Answer]]) -> None:
-        if len(self._calls) >= most:
+    def _begin(self, call_id: int, serve: Callable[[], Awaitable[wire.Answer]]) -> None:
+        if len(self._calls) >= limits.ASKED_MAX:
             refusal = Overloaded("this peer has too many requests open", retry_after_s=1.0)
             _post(self._session, wire.Answer(call_id=call_id, failure=wire.failure_of(refusal)))
             return

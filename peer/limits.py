@@ -51,7 +51,7 @@ PING_S: Final = 0.5
 LINK_SILENT_S: Final = 3.0  # a connection that brings nothing for so long is broken
 FRAME_BYTES_MAX: Final = 8 * 1024 * 1024
 FRAMES_WAITING_MAX: Final = 1_024  # for one peer
-CALLS_MAX: Final = 1_024  # forwarded by one peer and not yet answered
+CALLS_MAX: Final = 1_024  # forwarded by one peer and not yet answered, besides what its streams and WebSockets ask
 HOLD_S_MAX: Final = 10.0  # a request waits so long for a leader
 GOSSIP_POLL_S: Final = 0.5
 TAGS_BYTES_MAX: Final = 512
@@ -71,6 +71,7 @@ EVENTS_KEPT_MAX: Final = 10_000
 EVENTS_BEHIND_MAX: Final = 1_000  # a WebSocket reader that is further behind is cut off
 STREAM_IDLE_S_MAX: Final = 15.0  # a comment is sent after so long without a token
 STREAMS_MAX: Final = 1_000
+ASKED_MAX: Final = CALLS_MAX + WEBSOCKETS_MAX + STREAMS_MAX  # what one peer asks of the leader at a time
 STREAM_KEPT_S: Final = 60.0  # text of a finished attempt stays for late readers
 
 # engine

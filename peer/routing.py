@@ -3,11 +3,13 @@ when nobody does."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final, Protocol
 
+import msgspec
 import trio
 
 from peer import limits
@@ -21,6 +23,7 @@ from peer.ports import Clock
 from peer.relay import TokenRelay
 from peer.remembered import Remembered
 from peer.state.command import (
+    GetTask,
     Query,
     Request,
     StreamItem,
@@ -96,7 +99,12 @@ class RoutedCluster:
     async def call(self, request: Request) -> Any:
         """Carried out by the leader, once. What was certainly not carried out, and what may safely be repeated, is
         tried again until limits.HOLD_S_MAX have passed."""
-        return await self._held(lambda: self._once(request), repeatable=_is_repeatable(request))
+        began = trio.current_time()
+
+        async def once() -> Any:
+            return await self._once(_without(request, trio.current_time() - began))
+
+        return await self._held(once, repeatable=_is_repeatable(request))
 
     async def read(self, query: Query) -> tuple[Any, float | None]:
         """As the port says: not held where this peer has an answer."""
@@ -129,13 +137,15 @@ class RoutedCluster:
         return own
 
     async def _held(self, attempt: Callable[[], Awaitable[Any]], *, repeatable: bool) -> Any:
-        give_up_at = trio.current_time() + limits.HOLD_S_MAX
+        """The time counts from the first failure: what waits long for its answer is held as long as anything else."""
+        give_up_at = math.inf
         while True:
             try:
                 return await attempt()
             except Unavailable as error:
                 if not (is_leaderless(error) if repeatable else is_unsent(error)):
                     raise
+                give_up_at = min(give_up_at, trio.current_time() + limits.HOLD_S_MAX)
                 if trio.current_time() >= give_up_at:
                     raise _no_leader() from None
             with trio.move_on_after(_PAUSE_S):
@@ -189,6 +199,13 @@ class RoutedCluster:
 
     def stream(self, task_id: str) -> AbstractAsyncContextManager[AsyncIterator[StreamItem]]:
         return task_stream(task_id, self.call, self._relay)
+
+
+def _without(request: Request, waited_s: float) -> Request:
+    """What is left of a long poll that has to be asked again."""
+    if isinstance(request, GetTask) and request.wait_s > 0.0:
+        return msgspec.structs.replace(request, wait_s=max(0.0, request.wait_s - waited_s))
+    return request
 
 
 def _is_repeatable(request: Request) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
+from typing import Final
 
 import trio
 
@@ -13,6 +14,7 @@ from peer.link import wire
 from peer.ports import Connection
 
 _PING = wire.encode(wire.Ping())
+_PUT_MAX: Final = limits.FRAMES_WAITING_MAX // 2  # in line; the rest is for what cannot wait
 
 
 class Session:
@@ -21,6 +23,7 @@ class Session:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self._send, self._outbox = trio.open_memory_channel[bytes](limits.FRAMES_WAITING_MAX)
+        self._room = trio.lowlevel.ParkingLot()
         self._heard_at = trio.current_time()
         self._broken = ""
         self._over = trio.Event()
@@ -44,12 +47,14 @@ class Session:
             raise self._is_broken() from None
 
     async def put(self, frame: wire.Frame) -> None:
-        """Put a frame in line when there is room."""
+        """Put a frame in line when there is room, and leave some to `post`."""
         data = self._encode(frame)
-        try:
-            await self._send.send(data)
-        except trio.BrokenResourceError:
-            raise self._is_broken() from None
+        await trio.lowlevel.checkpoint()
+        while not self._broken and self._outbox.statistics().current_buffer_used >= _PUT_MAX:
+            await self._room.park()
+        if self._broken:
+            raise self._is_broken()
+        self._send.send_nowait(data)
 
     def _encode(self, frame: wire.Frame) -> bytes:
         if self._broken:
@@ -68,6 +73,7 @@ class Session:
             self._broken = why
             self._over.set()
             self._outbox.close()
+            self._room.unpark_all()
 
     @asynccontextmanager
     async def serve(self) -> AsyncIterator[AsyncIterator[wire.Frame]]:
@@ -105,8 +111,11 @@ class Session:
                     data = await self._outbox.receive()
             except trio.ClosedResourceError:
                 return
+            self._room.unpark()
             now = trio.current_time()
-            if now - due > limits.PING_S:  # this peer itself was held up, and heard nothing, whatever was said
+            if (
+                now - due > limits.PING_S
+            ):  # this peer itself was held up, and heard nothing, whatever was said
                 self._heard_at += now - due
             if now - self._heard_at > limits.LINK_SILENT_S:
                 self.end(f"nothing heard from {self.peer_id} for {limits.LINK_SILENT_S:g} s")

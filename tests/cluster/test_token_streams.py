@@ -304,6 +304,7 @@ def test_connections_that_break_again_and_again_leave_no_gap_and_no_repeat() -> 
                 had = reader.tokens
                 await until(lambda had=had: reader.tokens > had + 20)
                 fleet.network.reset(serves, runs)
+                fleet.network.cut(serves, runs, for_s=0.6)  # so that there is more when they are in touch again
             await until(lambda: reader.over)
         reader.require_whole(ask)
         assert not reader.restarts
