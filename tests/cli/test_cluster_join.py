@@ -257,6 +257,9 @@ def test_a_host_joins(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         }
         assert files.credentials().addresses == ("gpu-2",)
         assert run("join", address).code == Exit.CONFLICT
+        monkeypatch.delenv("BITINGLIP_TOKEN")
+        (tmp_path / "join.token").write_text(f"{token}\n")
+        monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))  # as systemd does
         other = run("join", address, "--data-dir", str(tmp_path / "other"))
         assert (other.code, other.out.splitlines()[0]) == (0, "cluster   c1")
     assert run("join", address, "--data-dir", str(tmp_path / "third")).code == Exit.UNREACHABLE
