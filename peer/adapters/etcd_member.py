@@ -27,6 +27,7 @@ from peer.adapters.etcd_store import OPERATIONS_MAX, REQUEST_BYTES_MAX
 from peer.errors import Conflict, Unavailable
 
 SOCKET: Final = "etcd.sock:0"
+METRICS: Final = "metrics.sock:0"
 VERSION_S_MAX: Final = 10.0
 ANSWER_POLL_S: Final = 0.02
 QUOTA_BYTES: Final = 4 * 1024 * 1024 * 1024
@@ -68,6 +69,7 @@ class MemberConfig(msgspec.Struct, frozen=True, kw_only=True):
     history_kept: str = HISTORY_KEPT
     heartbeat_ms: int = 100
     election_ms: int = 1_000
+    metrics: bool = False  # at METRICS, also while it cannot serve
     program: str = "etcd"
 
 
@@ -121,9 +123,8 @@ class EtcdMember:
         folder = self._config.folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-        (folder / SOCKET).unlink(
-            missing_ok=True
-        )  # that of a life which was killed keeps etcd 3.4 from starting
+        for name in (SOCKET, METRICS):  # that of a life which was killed keeps etcd 3.4 from starting
+            (folder / name).unlink(missing_ok=True)
 
     def _judge(self, status: int) -> None:
         if self._removed and status == 0:
@@ -214,6 +215,8 @@ def member_command(config: MemberConfig) -> list[str]:
         "--logger=zap",
         "--log-outputs=stderr",
     ]
+    if config.metrics:
+        command.append(f"--listen-metrics-urls=unix://{METRICS}")
     if config.certificates is not None:
         command += [
             "--peer-client-cert-auth=true",

@@ -216,8 +216,11 @@ class SqliteStore:
         ring_batches_max: int = RING_BATCHES_MAX,
         ring_bytes_max: int = RING_BYTES_MAX,
         busy_timeout_s: float = BUSY_TIMEOUT_S,
+        revision_min: int = REVISION_EMPTY,
     ) -> SqliteStore:
         """Open the file, or make it. Leases of before begin their whole time anew.
+
+        Revisions go on after `revision_min`, if they have not come so far: that of a store which is copied into this.
 
         Raises StoreBroken (the file or the disk), StoreError (a newer schema), Unavailable (locked).
         """
@@ -227,6 +230,7 @@ class SqliteStore:
             writer = open_writer(path, busy_timeout_s)
             readers: list[sqlite3.Connection] = []
             try:
+                writer.execute("UPDATE state SET revision = ?1 WHERE revision < ?1", (revision_min,))
                 revision = writer.execute("SELECT revision FROM state").fetchone()[0]
                 leases = writer.execute("SELECT id, ttl_s FROM lease").fetchall()
                 # Read-only, so that no reader's close can begin a checkpoint on a broken disk.

@@ -33,6 +33,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "join": ("peer.cli.cluster_join", "Join a cluster."),
     "host": ("peer.cli.cluster_join", "List hosts, and put one out."),
     "config": ("peer.cli.check", "Check a configuration file."),
+    "migrate": ("peer.cli.migrate", "Take a single node's store into a cluster's, or back."),
+    "takeover": ("peer.cli.migrate", "Go on alone when the cluster's voters are lost."),
     "simulate": ("peer.cli.simulate", "Run a cluster through bad days in virtual time."),
     "install-service": ("peer.cli.service", "Run the peer as a systemd service of this host."),
     "doctor": ("peer.cli.doctor", "Check this host for what a peer needs."),
