@@ -24,7 +24,7 @@ FATES = ("done", "lost", "late")  # of a write that times out
 
 
 class Member:
-    """A voter's own etcd."""
+    """A host's own etcd."""
 
     def __init__(self) -> None:
         self.up = True
@@ -37,7 +37,8 @@ class Member:
 class EtcdModel(EtcdData):
     """Faults are switched by plain calls. `run` must run in the world's own nursery.
 
-    `reachable(a, b)`: do messages get from host a to host b now? `violated` ends the world, as `World.violated` does.
+    `members` are the hosts that may have one, `voters` those that begin, all if it is None. `reachable(a, b)`: do
+    messages get from host a to host b now? `violated` ends the world, as `World.violated` does.
     """
 
     def __init__(
@@ -47,11 +48,13 @@ class EtcdModel(EtcdData):
         *,
         reachable: Callable[[str, str], bool] = lambda a, b: True,
         violated: Callable[[str, str], NoReturn] | None = None,
+        voters: Sequence[str] | None = None,
     ) -> None:
         super().__init__(rng)
         if not members:
             raise SimulatorError("a store without members")
         self.members = {name: Member() for name in members}
+        self.voting = dict.fromkeys(members if voters is None else voters)
         self.slowness = 1.0
         self.time_out_chance = 0.0  # of a write
         self.time_out_fates: Sequence[str] = FATES
@@ -61,7 +64,7 @@ class EtcdModel(EtcdData):
         self.published = trio.lowlevel.ParkingLot()
         self._reachable = reachable
         self._violated = violated or _violated
-        self._leader = next(iter(self.members))
+        self._leader = next(iter(self.voting))
         self._cut_since: float | None = None  # the leader has no majority
         self._deposed = ""
         self._candidate = ""
@@ -149,13 +152,28 @@ class EtcdModel(EtcdData):
         self.no_space(False)
         self.quorum_lost(False)
 
+    # ------------------------------------------------------------------------------------------ who votes
+
+    def set_voters(self, names: Sequence[str]) -> None:
+        """The membership has changed: `SimRoster` says when it may."""
+        self.voting = dict.fromkeys(names)
+        if self._leader not in self.voting:
+            self._depose()
+        self._look_again()
+
+    def reaches(self, name: str, other: str) -> bool:
+        """Whether both members run and hear each other."""
+        return self._runs(name) and self._runs(other) and self._linked(name, other)
+
     # ------------------------------------------------------------------------------------------ who serves
 
     def serves(self, name: str) -> bool:
-        """Does this member answer now?"""
+        """Does this member answer now? A learner does not."""
         self._settle()
         leader = self._leader
-        return bool(leader) and self._cut_since is None and self._runs(name) and self._linked(name, leader)
+        if name not in self.voting or not leader or self._cut_since is not None:
+            return False
+        return self._runs(name) and self._linked(name, leader)
 
     async def serving(self, name: str, life: int) -> None:
         """Wait for it. Raises Unavailable if that member's process ends before."""
@@ -174,10 +192,10 @@ class EtcdModel(EtcdData):
         return a == b or (self._reachable(a, b) and self._reachable(b, a))
 
     def _has_majority(self, name: str) -> bool:
-        if self._no_quorum or not self._runs(name):
+        if self._no_quorum or name not in self.voting or not self._runs(name):
             return False
-        with_it = sum(self._runs(other) and self._linked(name, other) for other in self.members)
-        return 2 * with_it > len(self.members)
+        with_it = sum(self._runs(other) and self._linked(name, other) for other in self.voting)
+        return 2 * with_it > len(self.voting)
 
     def _depose(self) -> None:
         self._deposed = self._leader or self._deposed
@@ -203,7 +221,7 @@ class EtcdModel(EtcdData):
 
     def _elect(self, now: float) -> None:
         if not (self._candidate and self._has_majority(self._candidate)):
-            able = [name for name in self.members if self._has_majority(name)]
+            able = [name for name in self.voting if self._has_majority(name)]
             others = [name for name in able if name != self._deposed] or able
             self._candidate = self._rng.choice(others) if others else ""
             self._elected_at = now + self._rng.uniform(*ELECTION_S)

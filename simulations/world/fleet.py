@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from peer.decide.voters import Bounds
 from peer.ports import LEADER_KEY
 from peer.routing import RoutedCluster
 from simulations.scenario import Scenario
@@ -14,24 +15,40 @@ from simulations.world.host import Shared, SimHost
 from simulations.world.kernel import World
 from simulations.world.network import SimNetwork
 from simulations.world.store import EtcdModel
+from simulations.world.voting import SimRoster
 
 
 class Fleet:
-    """As a scenario says: hosts h1, h2, ...; the first of them are voters. Nobody runs before `start`."""
+    """As a scenario says: hosts h1, h2, ...; the first of them are voters. Nobody runs before `start`.
+
+    With `grows` the first host alone begins the store, and the leader makes others voters, by these bounds.
+    """
 
     def __init__(
-        self, world: World, scenario: Scenario, on_order: Callable[..., None] = lambda *_, **__: None
+        self,
+        world: World,
+        scenario: Scenario,
+        on_order: Callable[..., None] = lambda *_, **__: None,
+        *,
+        grows: Bounds | None = None,
     ) -> None:
         self.world = world
         names = [f"h{number}" for number in range(1, scenario.hosts + 1)]
-        voters = names[: scenario.voters]
+        voters = names[: scenario.voters] if grows is None else []
         self.network = SimNetwork(world, world.rng("network"))
         self.gossip = SimGossip(world, self.network, world.rng("gossip"))
         self.store = EtcdModel(
-            voters, world.rng("store"), reachable=self.network.links.is_open, violated=world.violated
+            names if grows is not None else voters,
+            world.rng("store"),
+            reachable=self.network.links.is_open,
+            violated=world.violated,
+            voters=names[:1] if grows is not None else None,
         )
+        self.roster = SimRoster(self.store, names[0]) if grows is not None else None
         models = catalogue(scenario.models)
-        shared = Shared(world, self.store, self.network, self.gossip, models, profile(models))
+        shared = Shared(
+            world, self.store, self.network, self.gossip, models, profile(models), self.roster, grows
+        )
         self.hosts = {
             name: SimHost(shared, name, voter=name in voters, gpus=scenario.gpus, on_order=on_order)
             for name in names

@@ -12,6 +12,7 @@ import trio
 
 from peer.cluster_peer import ClusterPeer, Identity
 from peer.config import Alerts
+from peer.decide.voters import Bounds
 from peer.engines import Device
 from peer.errors import Fenced, StoreBroken
 from peer.executor import Executor
@@ -37,6 +38,7 @@ from simulations.world.gossip import SimGossip
 from simulations.world.kernel import Incarnation, World
 from simulations.world.network import SimNetwork
 from simulations.world.store import EtcdModel, SimStore
+from simulations.world.voting import SimRoster, SimVoting
 
 RESTART_S: Final = 1.0  # systemd's, after a process that ended by itself
 DRAIN_S: Final = 10.0
@@ -64,7 +66,12 @@ class Shared:
         gossip: SimGossip,
         catalogue: tuple[Model, ...],
         profile: Profile,
+        roster: SimRoster | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
+        """With a `roster` the leader makes voters of hosts, by these bounds; without one they are fixed."""
+        self.roster = roster
+        self.bounds = bounds or Bounds()
         self.world = world
         self.store = store
         self.network = network
@@ -74,7 +81,7 @@ class Shared:
 
 
 class SimHost:
-    """`voter`: its store member is one of the model's."""
+    """`voter`: its store member is one of the model's, for ever."""
 
     def __init__(
         self, shared: Shared, peer_id: str, *, voter: bool, gpus: int, on_order: Callable[..., None]
@@ -184,6 +191,9 @@ class SimHost:
         store = None
         if self.voter:
             store = SimStore(shared.store, incarnation, world.rng(f"{incarnation.name}/store"))
+        voting = None
+        if shared.roster is not None:
+            voting = SimVoting(shared.roster, incarnation, self.disk, world.rng(f"{incarnation.name}/store"))
         identity = Identity(
             peer_id=self.peer_id,
             cluster_id="simulated",
@@ -192,11 +202,13 @@ class SimHost:
             policy=POLICY,
             catalogue=shared.catalogue,
             wire_versions=self.wire,
+            voters=shared.bounds,
         )
         peer = ClusterPeer(
             identity,
             executor,
             store=store,
+            voting=voting,
             gossip=shared.gossip.port(incarnation),
             network=shared.network.port(incarnation, self.address),
             clock=clock,

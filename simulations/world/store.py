@@ -10,7 +10,8 @@ Leases are kept by the leader. Without one they do not expire, and a new one giv
 late, never early.
 
 Not modelled: the raft log itself (entries that are lost with a leader are requests that are never applied), members
-that differ other than by lagging behind, a member whose data is lost, changes of the membership.
+that differ other than by lagging behind. Membership is fixed, and a member's data is never lost, where
+`simulations.world.voting` is not used.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 
 import trio
 
+from peer.decide.voters import Bounds
 from peer.ports import Authority
 from peer.state import command as asks
 from peer.state.task import TERMINAL
@@ -24,16 +25,18 @@ def in_a_cluster(
     hosts: int = 3,
     voters: int = 3,
     upgraded: tuple[str, ...] = (),
+    grows: Bounds | None = None,
+    absent: frozenset[str] = frozenset(),
     authorities: Mapping[str, Authority] = MappingProxyType({}),
 ) -> None:
     """Run `script` once a cluster has a leader that all follow."""
 
     async def main(world: World) -> None:
         scenario = Scenario(seed=1, hosts=hosts, voters=voters, gpus=1, upgraded=upgraded)
-        fleet = Fleet(world, scenario)
+        fleet = Fleet(world, scenario, grows=grows)
         for name, authority in authorities.items():
             fleet.hosts[name].authority = authority
-        fleet.start()
+        fleet.start(absent)
         await until(lambda: led(fleet))
         await script(fleet)
 
