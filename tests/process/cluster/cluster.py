@@ -141,7 +141,7 @@ class Cluster:
         poll("one leader is agreed", self._leader, left(), POLL_S)
         poll("all workers are online", self._all_online, left(), POLL_S)
         poll("all are voters", self._all_vote, left(), POLL_S)
-        for member in self.members:
+        for member in self.voters():
             poll(f"the store of {member.host.name} answers", partial(stores.answers, member), left(), POLL_S)
         self.await_tasks(left())
 
@@ -149,10 +149,17 @@ class Cluster:
         found = self.get(self.members[0], "/workers")
         return found is not None and found["online"] >= len(self.members)
 
-    def _all_vote(self) -> bool:
+    def voters(self) -> list[Member]:
+        """Those whose store members vote and whose peers are there, as the leader says."""
         status = self.get(self.members[0], "/cluster/status") or {}
-        voting = [each for each in status.get("voters", ()) if each["linked"] and not each["learner"]]
-        return len(voting) >= min(VOTERS, len(self.members))
+        voting = {
+            each["peer_id"] for each in status.get("voters", ()) if each["linked"] and not each["learner"]
+        }
+        return [member for member in self.members if member.peer_id in voting]
+
+    def _all_vote(self) -> bool:
+        wanted = VOTERS if len(self.members) >= VOTERS else 1  # of two hosts one votes
+        return len(self.voters()) >= wanted
 
     def await_tasks(self, within_s: float = SETTLE_S_MAX) -> None:
         """All that is acknowledged by now comes to its end, as every peer in turn says."""

@@ -34,7 +34,7 @@ def perform(cluster: Cluster, scenario: Scenario, chance: random.Random) -> Roun
     epoch = cluster.epoch()
     assert epoch >= before, f"the epoch fell from {before} to {epoch}"
     if epoch > before:
-        for member in cluster.members:
+        for member in cluster.voters():
             cluster.check_fencing(member, before)
     tasks, requeued = cluster.check()
     gap_s = cluster.history.gap_s(began, now)
