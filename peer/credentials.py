@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from peer.errors import ConfigError
+from peer.state import key as keys
 
 VARIABLE: Final = "CREDENTIALS_DIRECTORY"
 SCHEME: Final = "credential:"
@@ -46,6 +47,17 @@ def read(name: str, environ: Mapping[str, str]) -> str | None:
         return content.decode().strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"the credential {path} cannot be read: {error}") from None
+
+
+def admin_key(environ: Mapping[str, str]) -> tuple[str, str] | None:
+    """(key id, secret) of the API key that the owner gave as `admin.key`; None if none was. Raises ConfigError."""
+    text = read(ADMIN_KEY, environ)
+    if text is None:
+        return None
+    parts = keys.split(text)
+    if parts is None:
+        raise ConfigError(f"the credential {ADMIN_KEY} is no API key: expected blk_ID_SECRET")
+    return parts
 
 
 def _find(name: str, environ: Mapping[str, str]) -> Path | None:

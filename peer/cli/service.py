@@ -134,8 +134,7 @@ def install_service(
         _require_visible(
             [command[0], sys.executable], [config_file] if config_file else [], [chosen, *writable]
         )
-    folders = [] if chosen == service_unit.STATE else [chosen]
-    _told(lambda: _install(host, unit, users, config_file is None, user, [*folders, *writable], enable))
+    _told(lambda: _install(host, unit, users, config_file is None, user, [chosen, *writable], enable))
     for warning in rivals(host, config):
         say(f"warning: {warning}")
     say("start it: systemctl start bitinglip     (after a change: systemctl restart bitinglip)")
@@ -171,7 +170,7 @@ def _uninstall(host: Host) -> None:
 
 
 def _make_folder(host: Host, folder: Path, user: str) -> None:
-    """A folder that systemd does not make itself; one that is there stays as it is."""
+    """Before the first start, for `init` and `join` as that user; one that is there stays as it is."""
     target = host.root / folder.relative_to("/")
     if target.is_dir():
         return

@@ -27,10 +27,11 @@ def render(
 
     Raises ValueError if the template lacks a line that has to be replaced.
     """
-    lines = template
-    lines = _replace(lines, "ExecStart=/usr/bin/bitinglip up", "ExecStart=" + " ".join(map(quoted, command)))
-    lines = _replace(lines, f"User={USER}", f"User={user}")
-    lines = _replace(lines, f"Group={USER}\n", "" if user != USER else f"Group={USER}\n")
+    lines = _replace(
+        template, "ExecStart=/usr/bin/bitinglip up", "ExecStart=" + " ".join(map(quoted, command))
+    )
+    if user != USER:  # whose group may have another name
+        lines = _replace(lines, f"User={USER}\nGroup={USER}\n", f"User={user}\n")
     state = f"Environment=BITINGLIP_DATA_DIR={STATE}"
     if data_dir != STATE:
         lines = _replace(
@@ -46,11 +47,8 @@ def render(
 
 def render_user(template: str, *, user: str, data_dir: Path) -> str:
     """The sysusers.d file. Raises ValueError as `render` does."""
-    if user == USER and data_dir == STATE:
-        return template
-    line = next((each for each in template.splitlines() if each.startswith("u ")), "")
     home = quoted(str(data_dir), dollar=False)
-    lines = _replace(template, line, f'u {user} - "bitinglip peer" {home}') if line else ""
+    lines = _replace(template, f'u {USER} - "bitinglip peer" {STATE}', f'u {user} - "bitinglip peer" {home}')
     for group in ("render", "video"):
         lines = _replace(lines, f"m {USER} {group}", f"m {user} {group}")
     return lines

@@ -60,3 +60,15 @@ def test_reading(given: Path) -> None:
     (given / "join.token").write_bytes(b"\xff")
     with pytest.raises(ConfigError, match="cannot be read"):
         credentials.read(credentials.JOIN_TOKEN, environ)
+
+
+def test_an_admin_key_of_the_owners(given: Path) -> None:
+    environ = {credentials.VARIABLE: str(given)}
+    assert credentials.admin_key(environ) is None
+    file = given / "admin.key"
+    file.write_text(f"blk_0a1b2c3d_{'5' * 64}\n")
+    assert credentials.admin_key(environ) == ("0a1b2c3d", "5" * 64)
+    file.write_text("password\n")
+    with pytest.raises(ConfigError, match="is no API key") as told:
+        credentials.admin_key(environ)
+    assert "password" not in str(told.value)

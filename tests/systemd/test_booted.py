@@ -64,6 +64,8 @@ WatchdogSec=2s
 RestartSec=100ms
 END
 b install-service --no-enable | said installed
+setpriv --reuid bitinglip --regid bitinglip --init-groups /opt/b/bin/python -P -m peer \
+  init --single --data-dir /var/lib/bitinglip >/dev/null; echo "init=$?"
 systemctl start bitinglip; echo "start=$?"
 pid=$(property MainPID)
 property StatusText | said status
@@ -120,6 +122,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
 def test_it_is_installed_and_starts(seen: Mapping[str, str]) -> None:
     assert "wrote: /etc/systemd/system/bitinglip.service" in seen["installed"]
     assert "bitinglip.yaml" not in seen["installed"]  # there was one
+    assert seen["init"] == "0"  # by the service's user, before the first start
     assert (seen["start"], seen["status"]) == ("0", "serving")
 
 
