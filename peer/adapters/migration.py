@@ -215,7 +215,6 @@ async def back(data_dir: Path, make_voting: MakeVoting, progress: Progress) -> M
     put_aside(files.folder, ABANDONED)
     remove_sqlite(data_dir / KEPT)  # the new file has all that it had, and more
     (data_dir / MARKER).unlink()
-    sync(data_dir)
     return marker
 
 

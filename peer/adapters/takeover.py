@@ -120,7 +120,6 @@ async def take_over(data_dir: Path, make_voting: MakeVoting, progress: Progress)
         sync(data_dir)
     shutil.rmtree(data_dir / FILLING, ignore_errors=True)
     (data_dir / TAKEOVER).unlink()
-    sync(data_dir)
     return marker
 
 
