@@ -50,6 +50,7 @@ from peer.voters import VoterKeeper
 
 log = structlog.get_logger("peer")
 
+_NOT_YET: Final = "this peer has just begun to lead: it is about to look at the store's members"
 _ELSEWHERE: Final = "the store is not run by this cluster: what the loss of a host means depends on it"
 _LOADING_S_MAX: Final = 60.0  # a new leader reads the store
 
@@ -258,6 +259,8 @@ class ClusterPeer:
         """These are all that are revoked: nothing goes to them or comes from them any more."""
         serials = [serial for each in revoked for serial in each.serials]
         self._network.revoke([each.peer_id for each in revoked], serials)
+        if self._voting is not None:
+            self._voting.revoke(serials)
 
     def _linked(self, peer_id: str, up: bool) -> None:
         if self.leader is not None:
@@ -353,7 +356,8 @@ class ClusterPeer:
             leader.rumour(member.peer_id, member.status)
         self.executor.report_all()
         self._began_leading.set()
-        snapshot.outlook = _ELSEWHERE
+        managed = self._voting is not None and self._voting.members is not None
+        snapshot.outlook = _NOT_YET if managed else _ELSEWHERE
         try:
             async with trio.open_nursery() as nursery:
                 if self._voting is not None:

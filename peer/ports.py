@@ -185,6 +185,9 @@ class Voting(Protocol):
     def leave(self, reason: str) -> None:
         """Run none any more and put the data aside; does not wait."""
 
+    def revoke(self, serials: Collection[str]) -> None:
+        """All certificates that are revoked: members refuse them. Replaces what was said before."""
+
     async def run(self, begin: Callable[[Store], None], end: Callable[[], Awaitable[None]]) -> None:
         """Until cancelled: run the member that this host has. `begin` hears of the store through it once its process
         is started, `end` before that store is closed. Raises StoreBroken when it cannot be run at all."""

@@ -211,18 +211,23 @@ class Authority:
         )
         return _certificate_pem(builder.sign(self._key, hashes.SHA256()))
 
-    def revocation_list(self, serials: Iterable[str], now: float, valid_s: float) -> str:
-        """Revoked certificates as a CRL, PEM, for programs that do not ask a peer: etcd reads it at each handshake."""
-        builder = (
-            x509.CertificateRevocationListBuilder()
-            .issuer_name(self._certificate.subject)
-            .last_update(_moment(now - CLOCK_SKEW_S))
-            .next_update(_moment(now + valid_s))
-        )
-        for serial in serials:
-            revoked = x509.RevokedCertificateBuilder().serial_number(int(serial, 16))
-            builder = builder.add_revoked_certificate(revoked.revocation_date(_moment(now)).build())
-        return builder.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM).decode()
+
+def revocation_list(signer_pem: str, serials: Iterable[str], now: float, valid_s: float) -> str:
+    """Revoked certificates as a CRL, PEM, for programs that do not ask a peer: etcd reads it at each handshake.
+
+    `signer_pem` is a private key and its certificate. Raises ConfigError.
+    """
+    builder = (
+        x509.CertificateRevocationListBuilder()
+        .issuer_name(_certificate(signer_pem).subject)
+        .last_update(_moment(now - CLOCK_SKEW_S))
+        .next_update(_moment(now + valid_s))
+    )
+    for serial in serials:
+        revoked = x509.RevokedCertificateBuilder().serial_number(int(serial, 16))
+        builder = builder.add_revoked_certificate(revoked.revocation_date(_moment(now)).build())
+    signed = builder.sign(_private(signer_pem), hashes.SHA256())
+    return signed.public_bytes(serialization.Encoding.PEM).decode()
 
 
 # ---------------------------------------------------------------- what a host shows

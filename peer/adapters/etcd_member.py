@@ -42,11 +42,13 @@ _DROPPED = frozenset({"level", "ts", "msg", "caller", "stacktrace", "errorVerbos
 
 
 class Certificates(msgspec.Struct, frozen=True, kw_only=True):
-    """Of the members' own connections: files in PEM. Who shows none of this authority's is refused."""
+    """Of the members' own connections: files in PEM. Who shows none of this authority's is refused, and who shows one
+    that is in the list `revoked`, which is read at each handshake."""
 
     certificate: Path
     key: Path
     authority: Path
+    revoked: Path | None = None
 
 
 class MemberConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,4 +226,6 @@ def member_command(config: MemberConfig) -> list[str]:
             f"--peer-key-file={config.certificates.key}",
             f"--peer-trusted-ca-file={config.certificates.authority}",
         ]
+        if config.certificates.revoked is not None:
+            command.append(f"--peer-crl-file={config.certificates.revoked}")
     return command

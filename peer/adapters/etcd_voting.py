@@ -7,7 +7,8 @@ before its data is put aside, so a restart goes on with the same member, or with
 from __future__ import annotations
 
 import shutil
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -17,6 +18,7 @@ import structlog
 import trio
 
 from peer import limits
+from peer.adapters.certificates import revocation_list
 from peer.adapters.etcd_client import EtcdClient, Member
 from peer.adapters.etcd_member import Certificates, EtcdMember, MemberConfig
 from peer.adapters.etcd_store import EtcdStore
@@ -24,12 +26,14 @@ from peer.errors import ConfigError, Conflict, StoreBroken, Unavailable
 from peer.identity import make_folder, write_private
 from peer.ports import Store, StoreMembers
 from peer.state.base import Record
+from peer.state.enrol import CERTIFICATE_S
 from peer.state.voter import Seat, StoreMember
 
 log = structlog.get_logger("voting")
 
 FILE: Final = "member.json"
 DATA: Final = "data"
+REVOKED: Final = "revoked.pem"
 ASIDE: Final = "data.aside"  # of the last member that was removed
 _ASK_S: Final = 0.1
 
@@ -105,6 +109,9 @@ class EtcdVoting:
         self._address = address
         self._listen = listen or address
         self._certificates = certificates
+        if certificates is not None:
+            self._certificates = msgspec.structs.replace(certificates, revoked=folder / REVOKED)
+        self._revoked: frozenset[str] | None = None  # None: what an earlier life was told holds
         self._scheme = "https://" if certificates is not None else "http://"
         self._token = token
         self._heartbeat_ms = heartbeat_ms
@@ -141,6 +148,16 @@ class EtcdVoting:
             log.warning("leaving_the_store", why=reason)
             self._want(None)
 
+    def revoke(self, serials: Collection[str]) -> None:
+        if self._certificates is not None and self._revoked != frozenset(serials):
+            try:
+                make_folder(self._folder)
+                self._list_revoked(self._certificates, serials)
+            except (OSError, ConfigError) as error:
+                log.error("revoked_not_listed", why=str(error))
+            else:
+                self._revoked = frozenset(serials)
+
     async def check(self) -> str:
         """etcd's version. Raises Conflict for one that is not supported, Unavailable if there is none: then this host
         cannot have a member, and its `address` should be ""."""
@@ -171,6 +188,9 @@ class EtcdVoting:
         self, kept: _Kept, begin: Callable[[Store], None], end: Callable[[], Awaitable[None]]
     ) -> None:
         """Until another member is wanted, or none."""
+        if self._certificates is not None and not (self._folder / REVOKED).exists():
+            with _broken():
+                self._list_revoked(self._certificates, ())
         member = EtcdMember(self._config(kept), backoff_s=self._backoff_s)
         async with trio.open_nursery() as nursery:
             process = trio.CancelScope(shield=True)  # the last thing that ends: elections let go through it
@@ -257,6 +277,12 @@ class EtcdVoting:
         if self._wanted is not None:
             self._write(self._wanted)
 
+    def _list_revoked(self, certified: Certificates, serials: Collection[str]) -> None:
+        """Signed by this host itself, for itself: etcd looks at the serials only."""
+        signer = certified.key.read_text() + certified.certificate.read_text()
+        text = revocation_list(signer, sorted(serials), time.time(), CERTIFICATE_S)
+        write_private(self._folder / REVOKED, text)
+
     def _write(self, kept: _Kept) -> None:
         make_folder(self._folder)
         write_private(self._folder / FILE, msgspec.json.encode(kept).decode() + "\n")
@@ -297,6 +323,9 @@ class ExternalVoting:
         log.warning("not_joining_the_store", why="this host uses a store that others run")
 
     def leave(self, reason: str) -> None:
+        pass
+
+    def revoke(self, serials: Collection[str]) -> None:
         pass
 
     async def run(self, begin: Callable[[Store], None], end: Callable[[], Awaitable[None]]) -> None:

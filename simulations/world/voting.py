@@ -8,7 +8,7 @@ goes with its disk.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Final
 
 import msgspec
@@ -179,6 +179,9 @@ class SimVoting:
     def leave(self, reason: str) -> None:
         if self.seat:
             self._want(0)
+
+    def revoke(self, serials: Collection[str]) -> None:
+        pass
 
     def _want(self, seat: int) -> None:
         self.seat = seat

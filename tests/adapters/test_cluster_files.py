@@ -189,7 +189,7 @@ def damaged(rng: random.Random, data: bytes) -> bytes:
 def test_a_revocation_list_for_other_programs(founded: ClusterFiles) -> None:
     authority = founded.authority()
     assert authority is not None
-    pem = authority.revocation_list(["5eed", "ab"], time.time(), 3_600.0)
+    pem = certificates.revocation_list(authority.pem, ["5eed", "ab"], time.time(), 3_600.0)
     found = x509.load_pem_x509_crl(pem.encode())
     assert [revoked.serial_number for revoked in found] == [0x5EED, 0xAB]
     key = x509.load_pem_x509_certificate(founded.ca_pem().encode()).public_key()

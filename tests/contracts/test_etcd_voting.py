@@ -218,7 +218,8 @@ async def test_two_hosts_stay_one_voter_and_one_learner_which_learns_again_when_
 
 async def test_members_prove_who_they_are_with_the_clusters_certificates(tmp_path: Path) -> None:
     now = time.time()
-    certified = certificates_of(tmp_path / "pki", Authority.create(now), now)
+    authority = Authority.create(now)
+    certified = certificates_of(tmp_path / "pki", authority, now)
     async with clustered(tmp_path, "h1", "h2", certified=certified) as cluster:
         await cluster.until(["h1+", "h2+ learns"])
         foreign = certificates_of(tmp_path / "foreign", Authority.create(now), now)
@@ -226,6 +227,11 @@ async def test_members_prove_who_they_are_with_the_clusters_certificates(tmp_pat
         assert await trio.to_thread.run_sync(members_answer, address, certified, certified)
         assert not await trio.to_thread.run_sync(members_answer, address, certified, foreign)
         assert not await trio.to_thread.run_sync(members_answer, address, certified, None)
+        thief = certificates_of(tmp_path / "thief", authority, now, serial="5eed")
+        assert await trio.to_thread.run_sync(members_answer, address, certified, thief)
+        cluster.hosts["h1"].voting.revoke(["ab", "5eed"])
+        assert not await trio.to_thread.run_sync(members_answer, address, certified, thief)
+        assert await trio.to_thread.run_sync(members_answer, address, certified, certified)
 
 
 def members_answer(address: str, trusted: Certificates, shown: Certificates | None) -> bool:
@@ -243,14 +249,14 @@ def members_answer(address: str, trusted: Certificates, shown: Certificates | No
         connection.close()
 
 
-def certificates_of(folder: Path, authority: Authority, now: float) -> Certificates:
+def certificates_of(folder: Path, authority: Authority, now: float, serial: str = "1f") -> Certificates:
     """Of all hosts of a test: they are at the same address. Key and certificate are in one file, as on hosts."""
     folder.mkdir()
     key = certificates.new_key()
     grant = Grant(
         cluster="test-cluster",
         peer_id="h1",
-        serial="1f",
+        serial=serial,
         key_sha256=certificates.key_sha256(key),
         not_before=now - 60.0,
         not_after=now + CERTIFICATE_S,
