@@ -58,13 +58,8 @@ class ServiceManager:
 
     def stopping(self, drain_s: float) -> None:
         """The stop may take so long and the margin after it; then the manager kills."""
-        self._say(
-            "STOPPING=1", _extend(drain_s + STOP_MARGIN_S), _status(f"draining for at most {drain_s:g} s")
-        )
-
-    def extend(self, seconds: float) -> None:
-        """A start or a stop goes on for at most so long from now."""
-        self._say(_extend(seconds))
+        extend = f"EXTEND_TIMEOUT_USEC={int((drain_s + STOP_MARGIN_S) * 1e6)}"
+        self._say("STOPPING=1", extend, _status(f"draining for at most {drain_s:g} s"))
 
     async def watchdog(self, stuck: Callable[[], str]) -> None:
         """Give signs of life, twice as often as needed, while `stuck` returns "" and not what stands still.
@@ -101,10 +96,6 @@ class ServiceManager:
             self._failed = True
         else:
             self._failed = False
-
-
-def _extend(seconds: float) -> str:
-    return f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}"
 
 
 def _status(text: str) -> str:

@@ -53,8 +53,6 @@ def test_a_life(listener: Listener) -> None:
     heard = listener.hear()
     assert heard["RELOADING"] == "1"
     assert int(heard["MONOTONIC_USEC"]) > 0
-    manager.extend(1.5)
-    assert listener.hear() == {"EXTEND_TIMEOUT_USEC": "1500000"}
     manager.stopping(90.0)
     heard = listener.hear()
     assert heard["STOPPING"] == "1"

@@ -14,28 +14,11 @@ pytestmark = pytest.mark.process
 # The peer with a switch that makes it stuck.
 _UP = """
 import os, sys
-import trio
-import peer.cli.up
-from peer.adapters.service_manager import ServiceManager
 from peer.cli import main
-from peer.executor import Executor
+from peer.single_peer import SinglePeer
 
-manager = ServiceManager.from_environment(os.environ)
-announce, drain = peer.cli.up.announce, Executor.drain
-
-
-def ready(node, *, model):
-    announce(node, model=model)
-    manager.ready("serving")
-    trio.lowlevel.spawn_system_task(manager.watchdog, lambda: "it" if os.path.exists("/mnt/stuck") else "")
-
-
-async def draining(self, limit_s=30.0):
-    manager.stopping(limit_s)
-    return await drain(self, limit_s)
-
-
-peer.cli.up.announce, Executor.drain = ready, draining
+stuck = SinglePeer.stuck
+SinglePeer.stuck = lambda self: "it" if os.path.exists("/mnt/stuck") else stuck(self)
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -123,7 +106,7 @@ def test_it_is_installed_and_starts(seen: Mapping[str, str]) -> None:
     assert "wrote: /etc/systemd/system/bitinglip.service" in seen["installed"]
     assert "bitinglip.yaml" not in seen["installed"]  # there was one
     assert seen["init"] == "0"  # by the service's user, before the first start
-    assert (seen["start"], seen["status"]) == ("0", "serving")
+    assert (seen["start"], seen["status"]) == ("0", "serving at http://127.0.0.1:8000")
 
 
 def test_its_sandbox(seen: Mapping[str, str]) -> None:
