@@ -18,6 +18,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,11 @@ import psutil
 from peer.adapters.child import launched
 from tests.process.peers import poll
 
+RULES: Final = """
+add table inet tried
+add chain inet tried in { type filter hook input priority 0; }
+add rule inet tried in numgen random mod 100 < 20 drop
+"""
 PROGRAMS: Final = ("ip", "nft", "nsenter", "unshare", "mount")
 RUN_S_MAX: Final = 20.0
 END_S_MAX: Final = 10.0
@@ -35,12 +41,22 @@ SUBNETS: Final = 128 * 256
 _serial = itertools.count()
 
 
+@cache
 def unusable() -> str:
     """Why there can be no hosts here; "" if there can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
-    return f"not installed: {', '.join(missing)} (.ci/setup test installs them)" if missing else ""
+    if missing:
+        return f"not installed: {', '.join(missing)} (.ci/setup test installs them)"
+    tried = subprocess.run(
+        ["unshare", "--net", "--mount", "nft", "-f", "-"],
+        input=RULES,
+        capture_output=True,
+        text=True,
+        timeout=RUN_S_MAX,
+    )
+    return f"this kernel lets nobody cut networks: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 def environment() -> dict[str, str]:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from pathlib import Path
+from functools import cache
 from typing import Any
 
 import psutil
@@ -65,7 +65,7 @@ def peer(two: Cluster, expiring: tuple[str, float]) -> Iterator[Member]:
 
 
 @pytest.fixture
-def stranger(two: Cluster, tmp_path: Path) -> Iterator[Member]:
+def stranger(two: Cluster) -> Iterator[Member]:
     """Another host's folder, which is in no cluster yet. The host is a real one of the network."""
     host = two.net.hosts[-1] if len(two.net.hosts) > len(two.members) else two.net.add()
     shutil.rmtree(host.seen(host.disk / "data"), ignore_errors=True)
@@ -106,9 +106,10 @@ def garbage(chance: random.Random, number: int) -> bytes:
     return b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999999\r\n\r\n" + chance.randbytes(64)
 
 
-def client_hello(protocol: str = LINK_ALPN) -> bytes:
-    context = ssl.create_default_context()
-    context.set_alpn_protocols([protocol])
+@cache
+def client_hello() -> bytes:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.set_alpn_protocols([LINK_ALPN])
     outgoing = ssl.MemoryBIO()
     with suppress(ssl.SSLWantReadError):
         context.wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="h1").do_handshake()
@@ -184,6 +185,7 @@ class Tap:
         with suppress(OSError):
             while data := peer.recv(65_536):
                 caller.sendall(data)
+            caller.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         with suppress(OSError):
