@@ -29,11 +29,16 @@ async def task_stream(task_id: str, ask: Ask, relay: TokenRelay) -> AsyncIterato
     """What ports.Cluster.stream is. `ask` gets the leader's answer, or raises BitinglipError when it has waited for one
     too long: on entry that is raised, later it comes from the iterator, after the text that there is."""
     reading = _Reading(await ask(GetTask(task_id=task_id)), ask, relay)
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(reading.run, nursery)
-        async with aclosing(with_end(reading.stream.items(), reading.end)) as items:
-            yield items
-        nursery.cancel_scope.cancel()
+    try:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reading.run, nursery)
+            async with aclosing(with_end(reading.stream.items(), reading.end)) as items:
+                yield items
+            nursery.cancel_scope.cancel()
+    except ExceptionGroup as group:  # what the caller raised comes out as it was
+        if len(group.exceptions) > 1:
+            raise
+        raise group.exceptions[0] from None
 
 
 class _Reading:

@@ -23,7 +23,7 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     """One request of a client or owner, sent to `peer` at `at_s` whatever became of earlier ones."""
 
     at_s: float
-    kind: str  # submit, get, wait, cancel, list, events, assign, unload, rebalance, restart
+    kind: str  # submit, get, wait, cancel, list, events, stream, assign, unload, rebalance, restart
     peer: str
     client: int = 0
     task: int = -1  # the submit that it is about: its place in `Scenario.ops`

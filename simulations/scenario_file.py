@@ -30,9 +30,9 @@ OPS_MAX: Final = 100_000
 TRACE_FORMAT: Final = 1
 TRACE_BYTES_MAX: Final = 64 << 20
 OP_KINDS: Final = (
-    "submit", "get", "wait", "cancel", "list", "events", "assign", "unload", "rebalance", "restart",
+    "submit", "get", "wait", "cancel", "list", "events", "stream", "assign", "unload", "rebalance", "restart",
 )  # fmt: skip
-_ABOUT_A_TASK: Final = frozenset({"get", "wait", "cancel"})
+_ABOUT_A_TASK: Final = frozenset({"get", "wait", "cancel", "stream"})
 _ABOUT_A_MODEL: Final = frozenset({"submit", "assign", "unload"})
 
 # What a fault needs as targets, by what its kind says of them: (how many at least, at the most).

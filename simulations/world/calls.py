@@ -6,19 +6,23 @@ dies the client learns no more than that its connection broke. A client that goe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Final, TypeVar
 
 import trio
 
 from peer.errors import BitinglipError
 from peer.ports import Cluster
-from peer.state.command import Request
+from peer.state.command import Request, StreamItem
 from peer.state.event import Event
 from simulations.world.kernel import Incarnation, World, _incarnation, blame
 
 REFUSED_S: Final = 0.005  # until a client knows that nobody listens there
-PIECES_MAX: Final = 8  # events on their way to a reader that does not read
+PIECES_MAX: Final = 8  # events or pieces of text on their way to a reader that does not read
+
+
+T = TypeVar("T")
 
 
 class NoAnswer(Exception):
@@ -85,18 +89,33 @@ class Door:
 
         Raises what ports.Cluster.events does, NoAnswer(sent=False), Broken.
         """
-        send, receive = trio.open_memory_channel[Event](PIECES_MAX)
+        await self._read(peer_id, lambda cluster: cluster.events(since), take, limit_s)
+
+    async def read_stream(
+        self, peer_id: str, task_id: str, take: Callable[[StreamItem], float], limit_s: float
+    ) -> None:
+        """The same with ports.Cluster.stream."""
+        await self._read(peer_id, lambda cluster: cluster.stream(task_id), take, limit_s)
+
+    async def _read(
+        self,
+        peer_id: str,
+        source: Callable[[Cluster], AbstractAsyncContextManager[AsyncIterator[T]]],
+        take: Callable[[T], float],
+        limit_s: float,
+    ) -> None:
+        send, receive = trio.open_memory_channel[T](PIECES_MAX)
 
         async def carry_out(cluster: Cluster, call: _Call) -> None:
-            async with cluster.events(since) as events:
-                async for event in events:
-                    await send.send(event)
+            async with source(cluster) as items:
+                async for item in items:
+                    await send.send(item)
 
         call = await self._begin(peer_id, carry_out, send.close)
         try:
             with trio.move_on_after(limit_s) as patience, receive:
-                async for event in receive:
-                    busy_s = take(event)
+                async for item in receive:
+                    busy_s = take(item)
                     if busy_s:
                         await trio.sleep(busy_s)
         finally:

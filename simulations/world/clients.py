@@ -24,6 +24,7 @@ from simulations.world.cards import expected_text
 from simulations.world.event_readers import EventReaders
 from simulations.world.history import History, is_done_unknown, outcome_of, retry_after
 from simulations.world.kernel import Incarnation, World
+from simulations.world.stream_readers import StreamReaders
 
 PATIENCE_S: Final = 15.0  # of one try, beyond what it asks to wait for
 TRIES_MAX: Final = 6
@@ -65,6 +66,7 @@ class Clients:
         self._acknowledged = acknowledged
         self._door = Door(world, cluster_of, process_of)
         self._readers = EventReaders(world, self._door, self._peers, world.rng("readers"), oldest_event)
+        self._streams = StreamReaders(world, self._door)
         self._ids: dict[int, str] = {}  # by the place of the submit
         self._kinds: dict[str, Callable[[int, Op], Awaitable[None]]] = {
             "submit": self._submit,
@@ -73,6 +75,7 @@ class Clients:
             "cancel": self._cancel,
             "list": self._list,
             "events": self._events,
+            "stream": self._stream,
             "assign": self._owner,
             "unload": self._owner,
             "rebalance": self._owner,
@@ -81,11 +84,11 @@ class Clients:
 
     @property
     def checks(self) -> Counter[str]:
-        return self._checked + self._readers.checks
+        return self._checked + self._readers.checks + self._streams.checks
 
     @property
     def sometimes(self) -> Counter[str]:
-        return self._counted + self._readers.sometimes
+        return self._counted + self._readers.sometimes + self._streams.sometimes
 
     # ------------------------------------------------------------ the run
 
@@ -281,6 +284,17 @@ class Clients:
         self.history.about(client, "get", task_id, began, self._stamp(), outcome_of(view))
         self._check_result(view)
         return view
+
+    async def _stream(self, place: int, op: Op) -> None:
+        task_id = self._ids.get(op.task)
+        if task_id is None:
+            self._counted["never_acknowledged"] += 1
+            return
+        began = self._stamp()
+        view = await self._streams.read(op.peer, task_id)
+        if view is not None:
+            self.history.about(f"c{op.client}", "get", task_id, began, self._stamp(), outcome_of(view))
+            self._check_result(view)
 
     async def _cancel(self, place: int, op: Op) -> None:
         task_id = self._ids.get(op.task)

@@ -15,6 +15,7 @@ from simulations.world.clients import Clients
 SUBMITS_MAX: Final = 250
 BEGIN_S: Final = 2.0  # nobody asks a cluster that has only just been started
 CLIENTS: Final = 6
+STREAMED: Final = 0.1  # share of the tasks whose text is read as it comes
 PRIORITIES: Final = (1, 3, 5, 5, 5, 8)
 
 __all__ = ["Clients", "draw_ops"]
@@ -51,6 +52,7 @@ def draw_ops(rng: random.Random, scenario: Scenario, peers: Sequence[str]) -> tu
     _owners(plan)
     weights = [rng.random() + 0.05 for _ in models]
     rate = 0.2 * (15.0 ** rng.random())  # tasks per second of the whole cluster
+    streams = random.Random(f"streams {scenario.seed}")  # its own: the other operations stay as they were
     shape = _Shape(
         weights,
         keyed=rng.choice((0.2, 0.5, 0.9)),
@@ -61,7 +63,10 @@ def draw_ops(rng: random.Random, scenario: Scenario, peers: Sequence[str]) -> tu
     )
     at_s = BEGIN_S
     while (at_s := at_s + rng.expovariate(rate)) < plan.end_s and plan.submits < SUBMITS_MAX:
-        _task(plan, shape, at_s)
+        first = _task(plan, shape, at_s)
+        if streams.random() < STREAMED:
+            peer, client = streams.choice(peers), streams.randrange(CLIENTS)
+            plan.add(at_s + streams.expovariate(1.0), "stream", first, peer=peer, client=client)
     if rng.random() < 0.4:
         at_s = rng.uniform(BEGIN_S, plan.end_s)
         for _ in range(rng.randrange(10, 80)):
@@ -85,8 +90,8 @@ class _Shape:
     impatient: float
 
 
-def _task(plan: _Plan, shape: _Shape, at_s: float) -> None:
-    """A submit and what its client does about it later."""
+def _task(plan: _Plan, shape: _Shape, at_s: float) -> int:
+    """A submit and what its client does about it later; the submit's number."""
     rng = plan.rng
     keyed = rng.random() < shape.keyed
     tokens = max(1, min(4_000, round(rng.lognormvariate(0.0, 1.0) * shape.tokens)))
@@ -113,6 +118,7 @@ def _task(plan: _Plan, shape: _Shape, at_s: float) -> None:
             plan.add(at_s + rng.expovariate(0.5), "wait", first, timeout_s=wait_s, vanish_s=vanish_s)
         else:
             plan.add(at_s + rng.expovariate(0.1), "get", first)
+    return first
 
 
 def _follower(plan: _Plan) -> None:

@@ -157,7 +157,7 @@ def test_a_fault_needs_its_targets(fault: str, wrong: str) -> None:
         ),
         (
             "hosts: 3\nduration: 9s\nops:\n- {at: 1s, kind: sumbit, peer: h1}",
-            "day.yaml:4: `ops[1].kind`: expected one of submit, get, wait, cancel, list, events, assign, "
+            "day.yaml:4: `ops[1].kind`: expected one of submit, get, wait, cancel, list, events, stream, assign, "
             "unload, rebalance, restart, not `sumbit`; did you mean `submit`?",
         ),
         (

@@ -20,6 +20,7 @@ from simulations.scenario import Op, Scenario
 from simulations.world.cards import expected_text
 from simulations.world.kernel import Incarnation, World, run_world
 from simulations.world.workload import Clients, draw_ops
+from tests.simulations.stream_setup import stream_of
 
 PEERS = ("h1", "h2", "h3")
 QUEUED_S, TOKENS_PER_S = 0.4, 40.0
@@ -149,6 +150,8 @@ class Peer:
                 return asks.TaskPage(tasks=tasks, total=len(tasks))
         raise Conflict("not now")
 
+    stream = stream_of
+
     @asynccontextmanager
     async def events(self, since: int | None) -> AsyncIterator[AsyncIterator[Event]]:
         async with aclosing(self._events(len(self.core.events) if since is None else since)) as events:
@@ -209,7 +212,7 @@ def test_what_is_drawn_is_in_order_and_refers_to_submits() -> None:
                 assert op.key
         assert drawn == scenario(seed)
     assert kinds == {
-        "submit", "get", "wait", "cancel", "list", "events", "assign", "unload", "rebalance", "restart",
+        "submit", "get", "wait", "cancel", "list", "events", "stream", "assign", "unload", "rebalance", "restart",
     }  # fmt: skip
 
 
