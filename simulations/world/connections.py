@@ -13,11 +13,13 @@ from peer import limits
 from peer.errors import Unavailable
 from simulations.world.kernel import World
 from simulations.world.links import Links
+from simulations.world.timers import Bell
 
 BYTES_PER_S = 125e6
 WINDOW_FRAMES = 4_096
 RETRANSMIT_S = 0.2  # the first time, doubled each time
 RETRANSMIT_S_MAX = 8.0
+LETS_OTHERS_GO_FIRST = 0.2  # of the sends
 
 
 class Fabric(Protocol):
@@ -44,8 +46,8 @@ class Pipe:
         self.ended = False  # the source's end was sent
         self.gone = False  # nobody is at the target's side any more
         self.unacknowledged_since = inf
-        self.readable = trio.lowlevel.ParkingLot()
-        self.writable = trio.lowlevel.ParkingLot()
+        self.readable = Bell()
+        self.writable = Bell()
         self._fabric = fabric
         self._last_at = 0.0
 
@@ -79,7 +81,7 @@ class Pipe:
         self.frames.append((at, frame))
         self.bytes += size
         if len(self.frames) == 1:
-            self.readable.unpark_all()
+            self.readable.ring_by(at)
 
     def release(self) -> None:
         """The link is open again: what stalled is sent anew, when the backed-off timer gets to it."""
@@ -94,13 +96,13 @@ class Pipe:
             size = 0 if frame is None else len(frame)
             self.frames.append((self._arrival(size) if at == inf else at, frame))
         self._fabric.world.count("net: stalled frames arrive")
-        self.readable.unpark_all()
+        self.readable.ring()
 
     def drop(self, *, stalled_only: bool = False) -> None:
         kept = [each for each in self.frames if stalled_only and each[0] != inf]
         self.frames = deque(kept)
         self.bytes = sum(len(frame) for _, frame in kept if frame is not None)
-        self.writable.unpark_all()
+        self.writable.ring()
 
     def _arrival(self, size: int) -> float:
         at = trio.current_time() + self._fabric.latency(self.source, self.target)
@@ -130,24 +132,27 @@ class SimConnection:
         world = self._fabric.world
         if not isinstance(frame, bytes) or len(frame) > limits.FRAME_BYTES_MAX:
             world.violated("port_contract", f"a frame of {len(frame)} bytes is sent by {self.other.peer_id}")
-        await trio.lowlevel.checkpoint()
+        if self._fabric.rng.random() < LETS_OTHERS_GO_FIRST:
+            await trio.lowlevel.checkpoint()
+        else:
+            await trio.lowlevel.checkpoint_if_cancelled()
         pipe = self._outgoing
         self._check()
         while not pipe.has_room():
             world.count("net: a send waits")
-            with trio.move_on_at(pipe.break_at):
-                await pipe.writable.park()
+            await pipe.writable.wait(pipe.break_at)
             self._check()
         before = pipe.unacknowledged_since
         pipe.push(frame)
         if pipe.unacknowledged_since != before:
-            self._incoming.readable.unpark_all()  # its receiver has a deadline now
+            self._incoming.readable.ring()  # its receiver has a deadline now
         if pipe.gone and self._fabric.links.both_open(pipe.source, pipe.target):
             self._reset_by_other()
 
     async def receive(self) -> bytes:
-        await trio.lowlevel.checkpoint()
         pipe = self._incoming
+        if self.over or (pipe.frames and pipe.frames[0][0] <= trio.current_time()):  # else it waits anyway
+            await trio.lowlevel.checkpoint()
         while True:
             self._check()
             next_at = pipe.frames[0][0] if pipe.frames else inf
@@ -158,10 +163,9 @@ class SimConnection:
                     self._check()
                 assert frame is not None
                 pipe.bytes -= len(frame)
-                pipe.writable.unpark_all()
+                pipe.writable.ring()
                 return frame
-            with trio.move_on_at(min(next_at, self._outgoing.break_at)):
-                await pipe.readable.park()
+            await pipe.readable.wait(min(next_at, self._outgoing.break_at))
 
     async def aclose(self) -> None:
         self.close()
@@ -200,8 +204,8 @@ class SimConnection:
         if not links.is_open(pipe.source, pipe.target):
             if len(pipe.writable) > 0:  # a full window is probed, and the probes are not answered
                 pipe.unacknowledged_since = min(pipe.unacknowledged_since, trio.current_time())
-                pipe.writable.unpark_all()
-                self._incoming.readable.unpark_all()
+                pipe.writable.ring()
+                self._incoming.readable.ring()
             return
         pipe.release()
         if links.is_open(pipe.target, pipe.source):
@@ -239,8 +243,8 @@ class SimConnection:
             self._outgoing.push(None)
         self._incoming.drop()
         self._incoming.gone = True
-        self._incoming.readable.unpark_all()
-        self._outgoing.writable.unpark_all()
+        self._incoming.readable.ring()
+        self._outgoing.writable.ring()
         self._held.pop(self, None)
         if not self.other.accepted.is_set() and self._fabric.links.both_open(
             self.peer_id, self.other.peer_id

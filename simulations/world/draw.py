@@ -11,7 +11,7 @@ from simulations.world.faults import KINDS, kind
 from simulations.world.workload import draw_ops
 
 HOSTS = (3, 3, 3, 4, 4, 5, 5, 6, 7)  # as often as it is listed
-FAULT_S = (60.0, 400.0)
+FAULT_S = (80.0, 550.0)
 CALM = 0.05  # of all runs know no fault at all
 KNOWN = 0.25  # of the kinds, in the others
 FAULTS_PER_MINUTE = (0.5, 14.0)  # of the cluster, in all

@@ -2,8 +2,9 @@
 
 Same seed, same code: same order of every step, in every process. It stands on four things that trio does not promise,
 each held by a test: `_ALLOW_DETERMINISTIC_SCHEDULING` sorts each batch of runnable tasks before it is shuffled with
-`_r`; every wake-up of a task is appended to `runner.runq`; MockClock jumps when nothing is runnable; and the garbage
-collector runs only when it is told to, as a generator that it closes would be one more task at a random moment.
+`_r`; every wake-up of a task is appended to `runner.runq`; the clock is asked how long to wait only when nothing is
+runnable, and jumps; and the garbage collector runs only when it is told to, as a generator that it closes would be one
+more task at a random moment.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from typing import Any, NoReturn, TypeVar
 import outcome
 import trio
 import trio._core._run as trio_run
-import trio.testing
 
 from peer.errors import BitinglipError
 from simulations.errors import InvariantViolated, SimulatorError
+from simulations.world import timers
 
 T = TypeVar("T")
 
@@ -77,13 +78,15 @@ class World:
         self._nursery = nursery
         self._steps_max = steps_max
         self._blame_livelock = blame_livelock
-        self._instant = (-1.0, 0)  # virtual time, steps within it
+        self._clock = timers.the_clock()
+        self._instant, self._instant_steps = -1.0, 0  # virtual time, steps within it
+        self._collect_at = GC_YOUNG_STEPS
         self.queue = _RunQueue(self)
         self.frozen: dict[str, Incarnation] = {}
 
     def now(self) -> float:
         """Virtual seconds since the run began."""
-        return trio.current_time()
+        return self._clock.current_time()
 
     def rng(self, name: str) -> random.Random:
         """A component's own randomness: what others draw does not change what it draws."""
@@ -121,26 +124,24 @@ class World:
 
     def _stepped(self, batch: int) -> None:
         """Called between two batches of steps, outside every task."""
-        before = self.steps
         self.steps += batch
-        if before // GC_FULL_STEPS != self.steps // GC_FULL_STEPS:
-            gc.collect()
-        elif before // GC_YOUNG_STEPS != self.steps // GC_YOUNG_STEPS:
-            gc.collect(0)
-        now = trio.current_time()
-        at, steps = self._instant
-        if now != at:
-            self._instant = (now, batch)
-            return
-        self._instant = (at, steps + batch)
+        if self.steps >= self._collect_at:
+            full = self.steps // GC_FULL_STEPS != (self._collect_at - GC_YOUNG_STEPS) // GC_FULL_STEPS
+            gc.collect(2 if full else 0)
+            self._collect_at = self.steps - self.steps % GC_YOUNG_STEPS + GC_YOUNG_STEPS
+        now = self._clock.current_time()
+        if now != self._instant:
+            self._instant, self._instant_steps = now, batch
+        else:
+            self._instant_steps += batch
 
     def _livelocked(self) -> bool:
-        return self._instant[1] > self._steps_max
+        return self._instant_steps > self._steps_max
 
     def _livelock(self, tasks: list[trio.lowlevel.Task]) -> None:
-        if self.failure is not None and self._instant[1] > 4 * self._steps_max:
+        if self.failure is not None and self._instant_steps > 4 * self._steps_max:
             raise RuntimeError("a livelock that nothing ends")
-        if self.failure is not None and self._instant[1] > 2 * self._steps_max:
+        if self.failure is not None and self._instant_steps > 2 * self._steps_max:
             for task in tasks:  # they do not end by being cancelled
                 if isinstance(task._next_send, outcome.Value):
                     task._next_send = outcome.Error(_Aborted())
@@ -425,9 +426,11 @@ def run_world(
             async with trio.open_nursery() as nursery:
                 world = World(seed, nursery, steps_max=instant_steps_max, blame_livelock=blame_livelock)
                 worlds.append(world)
-                runner = trio_run.GLOBAL_RUN_CONTEXT.runner
+                runner: Any = trio_run.GLOBAL_RUN_CONTEXT.runner
                 world.queue.extend(runner.runq)
                 runner.runq = world.queue
+                runner.io_manager = timers.RarelyPolled(runner.io_manager)
+                runner.instruments = {}  # there are none: to look so is half as dear in a plain dict
                 result.append(await main(world))
                 nursery.cancel_scope.cancel()
         if world.failure is not None:
@@ -438,7 +441,7 @@ def run_world(
 
     with _deterministic(seed):
         try:
-            return trio.run(root, clock=trio.testing.MockClock(autojump_threshold=0))
+            return trio.run(root, clock=timers.VirtualClock())
         except _Aborted:
             raise worlds[0].failure or SimulatorError("aborted") from None
         except BaseExceptionGroup as group:
@@ -465,16 +468,19 @@ def _raise_single(group: BaseExceptionGroup[BaseException], worlds: list[World])
 
 @contextmanager
 def _deterministic(seed: int) -> Iterator[None]:
-    """trio's private switches and the garbage collector as a run needs them; put back afterwards."""
+    """trio's private switches, its sleeps and the garbage collector as a run needs them; put back afterwards."""
     private: Any = trio_run
     switch, state, collecting = private._ALLOW_DETERMINISTIC_SCHEDULING, private._r.getstate(), gc.isenabled()
+    sleeps = trio.sleep, trio.sleep_until
     private._ALLOW_DETERMINISTIC_SCHEDULING = True
     private._r.seed(f"{seed}/trio")
+    trio.sleep, trio.sleep_until = timers.sleep, timers.sleep_until
     gc.disable()
     try:
         yield
     finally:
         private._ALLOW_DETERMINISTIC_SCHEDULING = switch
         private._r.setstate(state)
+        trio.sleep, trio.sleep_until = sleeps
         if collecting:
             gc.enable()

@@ -69,7 +69,7 @@ class Links:
         return link
 
     def is_open(self, source: str, target: str) -> bool:
-        return self.link(source, target).is_open
+        return (self._cache.get((source, target)) or self.link(source, target)).is_open
 
     def both_open(self, one: str, other: str) -> bool:
         return self.link(one, other).is_open and self.link(other, one).is_open

@@ -156,6 +156,13 @@ class SimStore:
         if not self.member.up:
             raise Unavailable("the store's member refuses connections", retry_after_s=1.0)
 
+    async def _require_up_after_a_checkpoint(self) -> None:
+        if self.member.up:  # then it sleeps next
+            await trio.lowlevel.checkpoint_if_cancelled()
+        else:
+            await trio.lowlevel.checkpoint()
+        self._require_up()
+
     def _misused(self, error: ValueError) -> NoReturn:
         if self._strict:
             self.model.violated(f"{self.peer_id}: {error}")
@@ -164,45 +171,55 @@ class SimStore:
     async def _read(self, work: Callable[[], T]) -> T:
         """A linearizable read: of the moment at which the leader has confirmed that it leads."""
         self.require_usable()
-        await trio.lowlevel.checkpoint()
-        self._require_up()
+        await self._require_up_after_a_checkpoint()
         life, half_s = self.member.life, self.latency_s() / 2
-        with trio.move_on_after(limits.STORE_CALL_S_MAX):
-            await trio.sleep(half_s)
-            await self.model.serving(self.peer_id, life)
+        give_up_at = trio.current_time() + limits.STORE_CALL_S_MAX
+        if await _travelled(half_s, give_up_at) and await self._served(life, give_up_at):
             result = work()
-            await trio.sleep(half_s)
-            self.require_usable()
-            return result
+            if await _travelled(half_s, give_up_at):
+                self.require_usable()
+                return result
         raise Unavailable("the store has not answered in time", retry_after_s=1.0)
+
+    async def _served(self, life: int, give_up_at: float) -> bool:
+        """Wait until the member can answer; False: not in time. Raises Unavailable."""
+        if self.member.life == life and self.model.serves(self.peer_id):
+            return True
+        with trio.move_on_at(give_up_at):
+            await self.model.serving(self.peer_id, life)
+            return True
+        return False
 
     async def _write(self, work: Callable[[], T], fate: str = "") -> T:
         self.require_usable()
-        await trio.lowlevel.checkpoint()
-        self._require_up()
+        await self._require_up_after_a_checkpoint()
         request = _Request(work)
         life, half_s = self.member.life, self.latency_s() / 2
+        give_up_at = trio.current_time() + limits.STORE_CALL_S_MAX
         fate = fate or self._fate()
         try:
-            with trio.move_on_after(limits.STORE_CALL_S_MAX):
-                await trio.sleep(half_s)
+            if await _travelled(half_s, give_up_at):
                 if fate:
-                    await self._never_answered(request, fate)
-                try:
-                    await self.model.serving(self.peer_id, life)
-                except Unavailable as error:
-                    raise Ambiguous(error.message) from error
-                result: T = request.apply()
-                await trio.sleep(half_s)
-                if self.member.life != life:
-                    raise Ambiguous("the store's member has ended before it answered")
-                self.require_usable()
-                return result
+                    self._never_answered(request, fate)
+                    await trio.sleep_until(give_up_at)
+                elif await self._served_or_ambiguous(life, give_up_at):
+                    result: T = request.apply()
+                    if await _travelled(half_s, give_up_at):
+                        if self.member.life != life:
+                            raise Ambiguous("the store's member has ended before it answered")
+                        self.require_usable()
+                        return result
         finally:
             if not request.settled and self._rng.random() < 0.5:
                 # Its caller gave up or was killed, but what was sent is on its way.
                 self.model.later(self._rng.uniform(0.0, LATE_S), request.apply)
         raise Ambiguous("the store has not answered in time")
+
+    async def _served_or_ambiguous(self, life: int, give_up_at: float) -> bool:
+        try:
+            return await self._served(life, give_up_at)
+        except Unavailable as error:
+            raise Ambiguous(error.message) from error
 
     def _fate(self) -> str:
         if self.member.fates:
@@ -211,15 +228,20 @@ class SimStore:
             return self._rng.choice(self.model.time_out_fates)
         return ""
 
-    async def _never_answered(self, request: _Request, fate: str) -> NoReturn:
+    def _never_answered(self, request: _Request, fate: str) -> None:
         if fate == "done" and self.model.serves(self.peer_id):
             with suppress(NotFound, Unavailable):  # refused, but the caller does not learn of it
                 request.apply()
         elif fate == "late":
             self.model.later(limits.STORE_CALL_S_MAX + self._rng.uniform(0.0, LATE_S), request.apply)
         request.settled = True
-        await trio.sleep_forever()
-        raise SimulatorError("slept longer than for ever")
+
+
+async def _travelled(seconds: float, give_up_at: float) -> bool:
+    """A request or an answer is on its way for so long; False: that is too long."""
+    at = trio.current_time() + seconds
+    await trio.sleep_until(min(at, give_up_at))
+    return at < give_up_at
 
 
 class _Watcher(AsyncIterator[Batch]):
