@@ -141,6 +141,7 @@ class ClusterPeer:
                 nursery.start_soon(self._stand, self._candidacy)
             if self._voting is not None:
                 nursery.start_soon(self._voting.run, self.begin_voting, self.end_voting)
+                nursery.start_soon(self.follower.watch_store, self._voting)
             task_status.started()
 
     async def stop(self, drain_s: float = limits.DRAIN_S_MAX) -> bool:

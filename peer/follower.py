@@ -27,6 +27,7 @@ from peer.state.quota import Client
 log = structlog.get_logger("follower")
 
 _REDIAL_S: Final = (0.05, 0.15)  # between two tries, drawn
+_STORE_LOOK_S: Final = 1.0
 _IDLE_S: Final = (0.2, 0.4)  # after all were asked
 
 
@@ -180,6 +181,19 @@ class Follower:
         """End the session, if there is one: this peer leads now, or stops."""
         if self._session is not None:
             self._session.end(reason)
+
+    async def watch_store(self, voting: Voting) -> None:
+        """Until cancelled: tell the leader when this host's member of the store ceases to answer, and answers again."""
+        told_to, told = self._session, False
+        while True:
+            session, problem = self._session, voting.problem
+            if session is not told_to:
+                told_to, told = session, False
+            if session is not None and bool(problem) != told:
+                told = bool(problem)
+                with suppress(Unavailable):  # the next session is told anew
+                    session.post(wire.StoreState(problem=problem))
+            await trio.sleep(_STORE_LOOK_S)
 
     # ---------------------------------------------------------------- the session
 

@@ -63,6 +63,11 @@ class Followers:
         """The peer's member of the store is none any more."""
         self._seat(peer_id, 0, wire.Unvote(reason=reason))
 
+    def _note_store(self, session: Session, problem: str) -> None:
+        if self._sessions.get(session.peer_id) is session:
+            log.info("store_member_state", peer_id=session.peer_id, problem=problem)
+            self.linked[session.peer_id] = replace(self.linked[session.peer_id], problem=problem)
+
     def _seat(self, peer_id: str, member_id: int, frame: wire.Frame) -> None:
         session = self._sessions.get(peer_id)
         if session is not None:
@@ -98,7 +103,10 @@ class Followers:
             log.info("follower_joined", peer_id=session.peer_id, wire=version)
             try:
                 async for frame in frames:
-                    await served.frame(frame)
+                    if isinstance(frame, wire.StoreState):
+                        self._note_store(session, frame.problem)
+                    else:
+                        await served.frame(frame)
             except Unavailable as error:
                 session.end(error.message)
             finally:

@@ -176,6 +176,10 @@ class Voting(Protocol):
         """The id of the member that this host runs or is about to; 0 for none, or if it is not known yet."""
 
     @property
+    def problem(self) -> str:
+        """Why this host's member has not answered for some seconds; "" if it does, or there is none."""
+
+    @property
     def members(self) -> StoreMembers | None:
         """While this host has a member; None also where others manage the store."""
 

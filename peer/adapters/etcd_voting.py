@@ -22,7 +22,7 @@ from peer.adapters.certificates import revocation_list
 from peer.adapters.etcd_client import EtcdClient, Member
 from peer.adapters.etcd_member import Certificates, EtcdMember, MemberConfig
 from peer.adapters.etcd_store import EtcdStore
-from peer.errors import ConfigError, Conflict, StoreBroken, Unavailable
+from peer.errors import BitinglipError, ConfigError, Conflict, StoreBroken, Unavailable
 from peer.identity import make_folder, write_private
 from peer.ports import Store, StoreMembers
 from peer.state.base import Record
@@ -35,6 +35,8 @@ FILE: Final = "member.json"
 DATA: Final = "data"
 REVOKED: Final = "revoked.pem"
 ASIDE: Final = "data.aside"  # of the last member that was removed
+SILENT_S: Final = 3.0  # without an answer: then it is said
+_LOOK_S: Final = 1.0
 _ASK_S: Final = 0.1
 
 
@@ -122,6 +124,9 @@ class EtcdVoting:
         self._wanted = self._kept
         self._changed = trio.Event()
         self._members: EtcdMembers | None = None
+        self._problem = ""
+        self.member: EtcdMember | None = None
+        """While this host has one."""
 
     # ---------------------------------------------------------------- peer.ports.Voting
 
@@ -132,6 +137,10 @@ class EtcdVoting:
     @property
     def seat(self) -> int:
         return self._wanted.member_id if self._wanted is not None else 0
+
+    @property
+    def problem(self) -> str:
+        return self._problem
 
     @property
     def members(self) -> StoreMembers | None:
@@ -196,6 +205,7 @@ class EtcdVoting:
             process = trio.CancelScope(shield=True)  # the last thing that ends: elections let go through it
             client = EtcdClient(member.address)
             store: EtcdStore | None = None
+            self.member = member
             try:
                 with _broken():
                     await nursery.start(self._keep, member, process)
@@ -204,15 +214,18 @@ class EtcdVoting:
                 store = EtcdStore(member.address)
                 self._members = EtcdMembers(client, self._scheme)
                 begin(store)
+                nursery.start_soon(self._watch, member, client)
                 await self._changed.wait()
             finally:
-                self._members = None
+                self.member, self._members = None, None
                 with trio.CancelScope(shield=True):
                     if store is not None:
                         await end()  # bounded: see Election
                         await store.aclose()
                 client.close()
                 process.cancel()
+                self._problem = ""
+            nursery.cancel_scope.cancel()
 
     async def _keep(
         self,
@@ -226,6 +239,20 @@ class EtcdVoting:
                 await member.run(task_status=task_status)
             except Conflict as error:
                 self.leave(error.message)
+
+    async def _watch(self, member: EtcdMember, client: EtcdClient) -> None:
+        """Whether the member itself answers, which takes no quorum."""
+        answered_at = trio.current_time()
+        while True:
+            try:
+                await client.status()
+            except BitinglipError as error:
+                if trio.current_time() - answered_at >= SILENT_S and not self._problem:
+                    self._problem = member.child.problem or error.message
+                    log.error("store_member_not_answering", why=self._problem)
+            else:
+                answered_at, self._problem = trio.current_time(), ""
+            await trio.sleep(_LOOK_S)
 
     async def _learn_id(self, client: EtcdClient, kept: _Kept, member: EtcdMember) -> None:
         """Of a new cluster's first member, once it answers."""
@@ -314,6 +341,7 @@ class ExternalVoting:
 
     address = ""
     seat = 0
+    problem = ""
     members: StoreMembers | None = None
 
     def __init__(self, client_address: str) -> None:

@@ -3,7 +3,7 @@
 An odd number of voters is aimed at: 1, 3 or 5. Two are worse than one, since the loss of either stops both; so a
 second voter is made only while a third peer is there to follow it, and unmade when none comes. Where one voter is all
 there can be, a learner keeps a copy of everything. A member counts as live if its peer is linked and says that it runs
-it; no change is made after which the live would not be a quorum.
+it and is answered; no change is made after which the live would not be a quorum.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ AUTOMATIC_MAX = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """`wanted`: 1, 3 or 5 voters; 0: as many of these as there are peers for, at most AUTOMATIC_MAX."""
+    """`wanted`: 1, 3 or 5 voters; 0: as many of these as there are peers for, at most AUTOMATIC_MAX.
+
+    A peer whose member did not work is passed over for `retry_s`, or until it is linked anew.
+    """
 
     wanted: int = 0
     dead_s: float = 600.0  # a voter that is away for so long is replaced if a spare is there
     pair_s: float = 60.0  # an even number of voters, and nobody to make it odd
     start_s: float = 60.0  # a new member that has not started for so long gives way to another peer
     steady_s: float = 5.0  # a peer is counted on when it has been linked for so long
-    retry_s: float = (
-        3_600.0  # a peer whose member did not start is passed over for so long, or until it is back anew
-    )
+    retry_s: float = 3_600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +44,7 @@ class Roll:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Since when what is so has been so, and which peers did not start a member, when."""
+    """Since when what is so has been so, and which peers did not get a member to work, when."""
 
     since: Mapping[tuple[str, str | int], float] = field(default_factory=dict)
     failed: Mapping[str, float] = field(default_factory=dict)
@@ -96,7 +97,7 @@ def look(roll: Roll, memory: Memory, bounds: Bounds, now: float) -> Verdict:
     state.note_pair()
     action = state.decide()
     failed = state.memory.failed
-    if isinstance(action, Remove) and action.peer_id and state.never_started(action.member_id):
+    if isinstance(action, Remove) and action.peer_id and state.fails(action.member_id):
         failed = {**failed, action.peer_id: now}
     return Verdict(
         memory=replace(state.memory, failed=failed),
@@ -129,7 +130,7 @@ def _live(member: StoreMember, roll: Roll) -> bool:
         return False
     if peer.peer_id == roll.leader:
         return True
-    return peer.seat == member.member_id and peer.address in (member.address, "")
+    return peer.seat == member.member_id and peer.address in (member.address, "") and not peer.problem
 
 
 def _is_astray(member: StoreMember, roll: Roll) -> bool:
@@ -192,8 +193,11 @@ class _State:
         since = self.memory.since.get((what, which))
         return since is not None and self.now - since >= seconds
 
-    def never_started(self, member_id: int) -> bool:
-        return any(each.member_id == member_id and not each.peer_id for each in self.roll.members)
+    def fails(self, member_id: int) -> bool:
+        """Whether the member's host does not get it to work."""
+        (member,) = [each for each in self.roll.members if each.member_id == member_id]
+        peer = self.roll.peers.get(member.peer_id)
+        return not member.peer_id or (peer is not None and bool(peer.problem))
 
     def _candidates(self) -> list[LinkedPeer]:
         """Peers that could have the next member and can be counted on."""
@@ -301,7 +305,7 @@ class _State:
         for member in self.learners:
             if self.candidates and self.lasted("away", member.member_id, self.bounds.start_s):
                 name = owner(member, self.roll.peers) or member.address
-                verb = "is away" if member.peer_id else "has not started"
+                verb = "is silent" if member.peer_id else "has not started"
                 return self._remove(
                     member,
                     f"the learner of {name} {verb} for {self.bounds.start_s:g} s, and others are there",

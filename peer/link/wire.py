@@ -131,6 +131,12 @@ class Unvote(Record, frozen=True, tag="unvote"):
     reason: str
 
 
+class StoreState(Record, frozen=True, tag="store_state"):
+    """The sender's member of the store has ceased to answer, and why; "": it answers again."""
+
+    problem: str
+
+
 class Subscribe(Record, frozen=True, tag="subscribe"):
     """The journal after `since`; None: from now on. An Answer tells of its end. `client` has one WebSocket more."""
 
@@ -176,6 +182,7 @@ Frame = (
     | Shared
     | Vote
     | Unvote
+    | StoreState
     | Subscribe
     | Subscribed
     | Events
@@ -195,6 +202,7 @@ _ANSWERS: Mapping[type[Any], Any] = MappingProxyType(
         asks.UnloadModel: asks.UnloadReply,
         asks.RestartWorker: asks.RestartReply,
         asks.Rebalance: Plan,
+        asks.DrainHost: asks.DrainedHost,
         asks.CreateKey: ApiKey,
         asks.RevokeKey: ApiKey,
         enrol.CreateJoinToken: enrol.NewJoinToken,

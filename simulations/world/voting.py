@@ -169,6 +169,11 @@ class SimVoting:
         return address_of(self._peer_id)
 
     @property
+    def problem(self) -> str:
+        member = self._model.members[self._peer_id]
+        return "etcd does not answer" if self._members and (member.frozen or not member.up) else ""
+
+    @property
     def members(self) -> StoreMembers | None:
         return self._members
 

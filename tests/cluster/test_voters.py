@@ -83,6 +83,20 @@ def test_a_voter_that_is_gone_for_ever_is_replaced_by_a_spare() -> None:
     in_a_cluster(script, hosts=4, grows=BOUNDS)
 
 
+def test_a_voter_whose_store_has_died_alone_is_replaced_by_a_spare() -> None:
+    async def script(fleet: Fleet) -> None:
+        await until(lambda: votes(fleet, "h1", "h2", "h3"), GROWN_S)
+        (leader,) = fleet.leaders()
+        broken = next(name for name in ("h2", "h3") if name != leader)
+        fleet.store.member_down(broken)
+        await trio.sleep(10.0)
+        assert (await status(fleet)).outlook.startswith("2 of 3 voters are up")
+        assert broken in fleet.hosts[leader].peer.membership.members  # its host is well
+        await until(lambda: votes(fleet, *({"h1", "h2", "h3", "h4"} - {broken})), 3 * GROWN_S)
+
+    in_a_cluster(script, hosts=4, grows=BOUNDS)
+
+
 def test_the_leader_itself_is_replaced_by_the_next_leader() -> None:
     async def script(fleet: Fleet) -> None:
         await until(lambda: votes(fleet, "h1", "h2", "h3"), GROWN_S)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import http.client
+import os
+import signal
 import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -214,6 +216,18 @@ async def test_two_hosts_stay_one_voter_and_one_learner_which_learns_again_when_
         await until(lambda: cluster.hosts["h2"].voting.seat not in (0, seat))
         await cluster.until(["h1+", "h2+ learns"])
         assert "takeover` on h2" in cluster.snapshot.outlook
+
+
+async def test_a_member_that_does_not_answer_is_a_problem_until_it_does(tmp_path: Path) -> None:
+    async with clustered(tmp_path, "h1") as cluster:
+        await cluster.until(["h1+"])
+        voting = cluster.hosts["h1"].voting
+        assert voting.member is not None
+        assert voting.member.child.pid is not None
+        os.kill(voting.member.child.pid, signal.SIGSTOP)
+        await until(lambda: "has not answered" in voting.problem)
+        os.kill(voting.member.child.pid, signal.SIGCONT)
+        await until(lambda: not voting.problem)
 
 
 async def test_members_prove_who_they_are_with_the_clusters_certificates(tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ LONG = 1_000.0
 
 @dataclass
 class Peer:
-    """A host of the model. `broken`: a member never starts there."""
+    """A host of the model. `broken`: a member never starts there; `problem`: why the one it runs does not answer."""
 
     linked: bool = True
     eligible: bool = True
     broken: bool = False
+    problem: str = ""
     seat: int = 0
 
 
@@ -54,7 +55,12 @@ class Model:
 
     def roll(self) -> Roll:
         peers = {
-            name: LinkedPeer(peer_id=name, address=f"{name}:1" if host.eligible else "", seat=host.seat)
+            name: LinkedPeer(
+                peer_id=name,
+                address=f"{name}:1" if host.eligible else "",
+                seat=host.seat,
+                problem=host.problem,
+            )
             for name, host in self.hosts.items()
             if host.linked
         }
@@ -68,7 +74,7 @@ class Model:
 
     def is_live(self, member: StoreMember) -> bool:
         host = self.hosts.get(member.peer_id)
-        return host is not None and host.linked and host.seat == member.member_id
+        return host is not None and host.linked and host.seat == member.member_id and not host.problem
 
     def step(self, *, refuse: bool = False, seconds: float = 1.0) -> voters.Action | None:
         self.now += seconds
@@ -261,6 +267,16 @@ def test_a_learner_that_follows_takes_a_dead_voters_place() -> None:
     assert made.names() == ["h1", "h2", "h4"]
 
 
+def test_a_voter_whose_store_does_not_answer_is_replaced_like_a_dead_one() -> None:
+    made = model(4, 3)
+    made.hosts["h3"].problem = "its disk is full"
+    made.settle(19)
+    assert made.done == []
+    assert views_of(made).startswith("2 of 3 voters are up")
+    made.settle()
+    assert made.names() == ["h1", "h2", "h4"]
+
+
 def test_a_dead_voter_without_a_spare_stays() -> None:
     made = model(3, 3)
     made.hosts["h3"].linked = False
@@ -450,6 +466,7 @@ def models(draw: st.DrawFn) -> Model:
             host.linked = draw(st.booleans())
             host.eligible = draw(st.sampled_from([True, True, True, False]))
             host.broken = draw(st.sampled_from([False, False, False, True]))
+            host.problem = draw(st.sampled_from(["", "", "", "its disk is full"]))
         if what == "voter":
             made.add(name, seated=name == "h1" or draw(st.sampled_from([True, True, True, False])))
         elif what == "learner" and not learners:
@@ -482,7 +499,9 @@ def test_from_any_state_no_step_goes_below_a_quorum_and_they_come_to_an_end(
         name
         for name, host in made.hosts.items()
         if name == made.leader
-        or (host.linked and host.eligible and not host.broken and name not in made.barred)
+        or (
+            host.linked and host.eligible and not host.broken and not host.problem and name not in made.barred
+        )
     ]
     voting = made.voters()
     assert len(voting) % 2 == 1
