@@ -26,7 +26,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from peer import limits
-from peer.adapters.etcd_http import Answer, HttpPool, Lines, NoAnswer, NotSent
+from peer.adapters.etcd_http import Answer, HttpPool, Lines, NoAnswer, NotSent, TooLong
 from peer.adapters.fenced_commits import STORE_FULL
 from peer.errors import (
     Ambiguous,
@@ -67,7 +67,7 @@ T = TypeVar("T")
 
 
 class AnswerTooLarge(Exception):
-    """A read found more than the gateway carries in one answer."""
+    """A read found more than one answer carries."""
 
 
 # ------------------------------------------------------------------------------------------------ records
@@ -235,6 +235,8 @@ class EtcdClient:
         except NotSent as error:
             raise Unavailable(f"the store is not reached: {error}", retry_after_s=_RETRY_S) from error
         except NoAnswer as error:
+            if isinstance(error, TooLong) and not writes:
+                raise AnswerTooLarge(str(error)) from error
             if writes:
                 raise Ambiguous(f"the store has not answered: {error}") from error
             raise Unavailable(f"the store has not answered: {error}", retry_after_s=_RETRY_S) from error

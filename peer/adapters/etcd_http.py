@@ -4,7 +4,7 @@ What a caller has to know of a failed request is whether it may have taken effec
 byte was handed to the kernel: until then the member cannot have understood it, as the last byte closes its JSON.
 
     NotSent      it has no effect
-    NoAnswer     it was sent, and how it ended is not known
+    NoAnswer     it was sent, and how it ended is not known; TooLong: its answer is larger than is taken
 
 Resource handling: a caller that is cancelled, or whose answer does not come, closes its connection, since an answer
 that comes later would be taken for that of the next request. Addresses are `unix:PATH` or `HOST:PORT`.
@@ -24,7 +24,7 @@ import trio
 
 CONNECTIONS_MAX: Final = 32  # for calls; more wait
 STREAMS_MAX: Final = 64  # at once; each has a connection of its own
-ANSWER_BYTES_MAX: Final = 32 * 1024 * 1024  # the gateway's own limit is 4 MiB of protobuf, more in base64
+ANSWER_BYTES_MAX: Final = 20 * 1024 * 1024  # the largest request's keys and values in base64, and more
 RECV_BYTES: Final = 256 * 1024
 IDLE_S_MAX: Final = 60.0  # the member may close what is idle for some minutes
 UNIX_PATH_BYTES_MAX: Final = 107
@@ -38,6 +38,10 @@ class NoAnswer(Exception):
     """The request was sent; its outcome is not known."""
 
 
+class TooLong(NoAnswer):
+    """The answer is larger than ANSWER_BYTES_MAX."""
+
+
 class Answer(NamedTuple):
     status: int
     body: bytes
@@ -45,6 +49,10 @@ class Answer(NamedTuple):
 
 class _Broken(Exception):
     """The connection is of no more use."""
+
+
+class _TooLong(_Broken):
+    """What comes is more than is taken."""
 
 
 class _Connection:
@@ -94,7 +102,7 @@ class _Connection:
             parts.append(event.data)
             nbytes += len(event.data)
             if nbytes > ANSWER_BYTES_MAX:
-                raise _Broken(f"an answer of more than {ANSWER_BYTES_MAX} bytes")
+                raise _TooLong(f"an answer of more than {ANSWER_BYTES_MAX} bytes")
         return b"".join(parts)
 
     def reusable(self) -> bool:
@@ -165,6 +173,8 @@ class HttpPool:
                 try:
                     answer = Answer(await connection.status(), await connection.rest())
                     self._give_back(connection)
+                except _TooLong as error:
+                    raise TooLong(str(error)) from error
                 except _Broken as error:
                     raise NoAnswer(str(error)) from error
                 finally:

@@ -2,12 +2,14 @@
 
 Usage: `store = EtcdStore("unix:/run/…/etcd.sock:0")`, and `await store.aclose()` at the end. No nursery is needed.
 
-Reads are linearizable: they wait for a quorum. A read of more than the gateway carries in one answer (4 MiB) is made
-of pages, all of one revision; so are `get`s of many keys. Writes are never split: a transaction is one request, of at
-most REQUEST_BYTES_MAX and OPERATIONS_MAX, which the member must have been started with (`--max-txn-ops`).
+Reads are linearizable: they wait for a quorum. Large reads are made of pages, all of one revision, and so are `get`s of
+many keys: small at first, and as large as fits once sizes are known. Writes are never split: a transaction is one
+request, of at most REQUEST_BYTES_MAX and OPERATIONS_MAX, which the member must have been started with
+(`--max-txn-ops`).
 
-Errors are those of `peer.adapters.etcd_client`. Every call ends within limits.STORE_CALL_S_MAX; a read of several
-pages takes that long for each. A keepalive or revocation without an answer is Ambiguous, and safe to repeat.
+Errors are those of `peer.adapters.etcd_client`. Every call ends within limits.STORE_CALL_S_MAX, a transaction with a
+second more for each SENT_BYTES_PER_S of it; a read of several pages takes that long for each. A keepalive or
+revocation without an answer is Ambiguous, and safe to repeat.
 
 Revisions. A store that was copied from another one goes on where that one stood, though its etcd counts from 1: what
 this class gives out is etcd's revision plus a base, which the copy has written under BASE_KEY before all else. It is
@@ -41,9 +43,10 @@ REQUEST_BYTES_MAX: Final = (
     12 * 1024 * 1024
 )  # keys and values of one request; the member's --max-request-bytes
 OPERATIONS_MAX: Final = 8_192  # of one transaction; the member's --max-txn-ops
+SENT_BYTES_PER_S: Final = 4 * 1024 * 1024  # at least, on a busy host
 LEASE_S_MIN: Final = 2.0  # etcd's, with its usual election time-out
 PAGE_BYTES: Final = 1024 * 1024  # aimed at
-PAGE_ITEMS_FIRST: Final = 256
+PAGE_ITEMS_FIRST: Final = 4  # of values that may each be as large as a request
 PAGE_KEYS: Final = 8_192  # without values
 TRIES_MAX: Final = 3  # of a read of pages, when its revision is compacted in between
 INTEGER_MAX: Final = 2**63 - 1
@@ -181,22 +184,21 @@ class EtcdStore:
 
         async def read() -> dict[str, KeyValue]:
             found: dict[str, KeyValue] = {}
-            revision, chunk, rest = 0, OPERATIONS_MAX // 8, deque(wanted)
+            revision, size, rest = 0, PAGE_ITEMS_FIRST, deque(wanted)
             while True:
-                now = [rest[at] for at in range(min(chunk, len(rest)))]
+                now = [rest[at] for at in range(min(size, len(rest)))]
                 try:
                     done = await self._get_some(now, revision)
-                except AnswerTooLarge as error:
-                    if len(now) <= 1:
-                        raise StoreError(
-                            f"a value of {now} is larger than etcd can answer: {error}"
-                        ) from error
-                    chunk = max(1, len(now) // 4)
+                except (AnswerTooLarge, Unavailable) as error:
+                    size = _fewer(len(now), error)
                     continue
                 revision = revision or done.header.revision
+                nbytes = 0
                 for response in done.responses:
                     for item in response.response_range.kvs if response.response_range else ():
                         found[item.key.decode()] = _key_value(item, base)
+                        nbytes += len(item.value)
+                size = min(_more(len(now), nbytes), OPERATIONS_MAX // 8)
                 for _ in now:
                     rest.popleft()
                 if not rest:
@@ -230,14 +232,20 @@ class EtcdStore:
     async def txn(
         self, compare: Sequence[Compare], then: Sequence[Write], orelse: Sequence[Write] = ()
     ) -> TxnResult:
-        _require_sendable(compare, then, orelse)
+        nbytes = _require_sendable(compare, then, orelse)
         base = await self.revision_base()
         request = {
             "compare": [_comparison(each, base) for each in compare],
             "success": [_operation(write) for write in then],
             "failure": [_operation(write) for write in orelse],
         }
-        done = await self.client.call("kv/txn", request, _TXN, writes=bool(then or orelse))
+        done = await self.client.call(
+            "kv/txn",
+            request,
+            _TXN,
+            writes=bool(then or orelse),
+            timeout_s=self.client.call_s_max + nbytes / SENT_BYTES_PER_S,
+        )
         return TxnResult(done.succeeded, done.header.revision + base)
 
     async def commit(self, epoch: int, writes: Sequence[Write]) -> int:
@@ -331,15 +339,13 @@ class _Reader:
             wanted = min(size, limit - len(items)) if limit else size
             try:
                 page = await self._page(wanted, keys_only)
-            except AnswerTooLarge as error:
-                if wanted == 1:
-                    raise StoreError(f"an item is larger than etcd can answer: {error}") from error
-                size = max(1, wanted // 4)
+            except (AnswerTooLarge, Unavailable) as error:
+                if keys_only and isinstance(error, Unavailable):
+                    raise  # it was not for its size
+                size = _fewer(wanted, error)
                 continue
             items += page
-            if not keys_only:
-                nbytes = sum(len(item.value) + len(item.key) + 32 for item in page)
-                size = max(1, min(wanted * 4, wanted * PAGE_BYTES // max(nbytes, 1), PAGE_KEYS))
+            size = min(_more(wanted, sum(len(item.value) for item in page)), PAGE_KEYS)
         return items
 
     async def _page(self, limit: int, keys_only: bool) -> list[_Kv]:
@@ -351,6 +357,22 @@ class _Reader:
         if page.kvs:
             self._next = page.kvs[-1].key + b"\0"
         return page.kvs
+
+
+def _more(count: int, nbytes: int) -> int:
+    """How many to ask for after so many that had so many bytes."""
+    return max(1, min(count * 4, count * PAGE_BYTES // max(nbytes, 1)))
+
+
+def _fewer(count: int, error: AnswerTooLarge | Unavailable) -> int:
+    """How many to ask for after so many were too much, or took too long. Raises where that cannot be why."""
+    if count > PAGE_ITEMS_FIRST:
+        return PAGE_ITEMS_FIRST
+    if isinstance(error, Unavailable):
+        raise error
+    if count <= 1:
+        raise StoreError(f"an item is larger than etcd can answer: {error}") from error
+    return 1
 
 
 async def _while_compacted(read: Callable[[], Awaitable[T]]) -> T:
@@ -442,8 +464,8 @@ def _operation(write: Write) -> dict[str, Any]:
     return {"request_put": put}
 
 
-def _require_sendable(compare: Sequence[Compare], *branches: Sequence[Write]) -> None:
-    """Raises ValueError, TypeError for what no store takes, TooLarge for what etcd refuses."""
+def _require_sendable(compare: Sequence[Compare], *branches: Sequence[Write]) -> int:
+    """Bytes of keys and values. Raises ValueError, TypeError for what no store takes, TooLarge for what etcd refuses."""
     for each in compare:
         if each.field not in _TARGETS:
             raise ValueError(f"no field {each.field}")
@@ -465,3 +487,4 @@ def _require_sendable(compare: Sequence[Compare], *branches: Sequence[Write]) ->
                 nbytes += len(write.value)
     if nbytes > REQUEST_BYTES_MAX:
         raise TooLarge(f"a transaction of {nbytes} bytes: at most {REQUEST_BYTES_MAX} are taken")
+    return nbytes

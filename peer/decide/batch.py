@@ -18,7 +18,9 @@ from peer.state.snapshot import Save, Snapshot, StoreWrites
 from peer.state.task import TERMINAL, Status, Task, TaskResult
 
 TRANSACTION_WRITES_MAX: Final = 4_096  # about half of what etcd's members are started with
-TRANSACTION_BYTES_MAX: Final = 8 * 1024 * 1024  # of keys and values; a single record may have more
+TRANSACTION_BYTES_MAX: Final = (
+    2 * 1024 * 1024
+)  # of keys and values, quickly written; a single record may have more
 
 
 class Batch:

@@ -131,6 +131,24 @@ async def test_answers_beyond_etcds_limit_come_in_pages_of_one_revision(store: E
     assert [batch.changes[0].key for batch in found] == [key for key in keys for _ in range(2)]
 
 
+async def test_values_of_any_size_are_read_though_pages_have_grown(store: EtcdStore) -> None:
+    """Small ones first: what comes then is much more than one answer carries, or than there is time for."""
+    store = EtcdStore(store.client.address, call_s_max=20.0)
+    few = {f"a/{number:04}": b"small" for number in range(1_500)}
+    await store.txn((), [Put(key, value) for key, value in few.items()])
+    many = {f"b/{number:04}": bytes([number]) * MEBIBYTE for number in range(30)}
+    for key, value in many.items():
+        await store.txn((), [Put(key, value)])
+    largest = {"c": b"x" * (REQUEST_BYTES_MAX - 1024)}
+    await store.txn((), [Put("c", largest["c"])])
+    assert await values(store, "a", "d") == few | many | largest
+    found = await store.get([*few, *many, *largest])
+    assert {key: item.value for key, item in found.items()} == few | many | largest
+    async with store.watch("c", (await store.range("", "")).revision) as batches:
+        assert [batch.changes for batch in await take(batches, 1)] == [(Change("c", largest["c"]),)]
+    await store.aclose()
+
+
 async def test_many_keys_are_read_at_one_revision_while_others_write(store: EtcdStore) -> None:
     for start in range(0, 20_000, 5_000):
         await store.txn((), [Put(f"k/{number:05}", b"0") for number in range(start, start + 5_000)])
@@ -164,6 +182,7 @@ async def test_a_large_transaction_is_one_batch(store: EtcdStore) -> None:
 
 
 async def test_what_etcd_does_not_take_is_refused_whole(store: EtcdStore) -> None:
+    store = EtcdStore(store.client.address, call_s_max=20.0)
     epoch = await lead(store)
     for writes in (
         [Put("a", b"1"), Put("b", bytes(REQUEST_BYTES_MAX))],  # refused here
@@ -187,6 +206,7 @@ async def test_what_etcd_does_not_take_is_refused_whole(store: EtcdStore) -> Non
             await store.grant(ttl_s)
     assert await one(store, "a") is None
     await store.commit(epoch, [Put("a", b"1")])
+    await store.aclose()
 
 
 async def test_leases_are_of_whole_seconds_and_no_less_than_two(store: EtcdStore) -> None:
