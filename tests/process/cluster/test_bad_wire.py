@@ -18,6 +18,7 @@ import psutil
 import pytest
 import trio
 
+from peer.adapters import certificates
 from peer.adapters.certificates import LINK_ALPN
 from peer.adapters.cluster_files import ClusterFiles
 from peer.adapters.tls_network import TlsNetwork
@@ -251,6 +252,26 @@ def join(stranger: Member, peer: Member, token: str) -> str:
     with pytest.raises(AssertionError) as caught:
         stranger.bitinglip("join", f"{peer.host.address}:{LINK}", "--token", token)
     return str(caught.value)
+
+
+def test_garbage_of_who_asks_to_join_is_refused(peer: Member) -> None:
+    """After a whole handshake: frames of noise, and ends within a frame. The first few are told why, the rest less."""
+    chance = random.Random(SEED)
+    context = certificates.trusting_nobody_yet()
+    for number in range(20):
+        address = (peer.host.address, LINK)
+        with (
+            socket.create_connection(address, timeout=CONNECT_S_MAX) as plain,
+            context.wrap_socket(plain) as stream,
+        ):
+            noise = chance.randbytes(chance.randint(1, 2_000))
+            length = len(noise) + (number % 3) * chance.randint(1, 2**20)
+            with suppress(OSError):
+                stream.sendall(length.to_bytes(4, "big") + noise)
+                if length == len(noise):
+                    while stream.recv(65_536):
+                        pass
+    poll("it says so", logged(peer, "enrolment_refused", why="not understood"))
 
 
 def test_a_forged_token_is_refused(peer: Member, stranger: Member) -> None:

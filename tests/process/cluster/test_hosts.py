@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -55,7 +56,7 @@ def net(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Network]:
             host = made.add()
             host.popen([sys.executable, "-c", ECHO], host.folder / "echo.log")
         for host in made.hosts:
-            poll(f"{host.name} answers", lambda host=host: from_here(host))
+            poll(f"{host.name} answers", partial(from_here, host))
         yield made
 
 
