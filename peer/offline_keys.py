@@ -10,9 +10,11 @@ from pathlib import Path
 import trio
 
 from peer.adapters.clock import SystemClock
+from peer.adapters.cluster_files import ClusterFiles
 from peer.adapters.sqlite_store import SqliteStore
 from peer.decide import keys
 from peer.decide.decision import Decision
+from peer.errors import Conflict
 from peer.establish import load_keys
 from peer.identity import STORE_FILE, exclusive, make_folder
 from peer.ports import Delete, Put, Write
@@ -33,9 +35,12 @@ _NO_POLICY = Policy(
 
 @asynccontextmanager
 async def _opened(data_dir: Path) -> AsyncIterator[tuple[SqliteStore, Snapshot]]:
-    """The store and a snapshot of its keys alone. Raises Conflict while a peer runs on the folder."""
+    """The store and a snapshot of its keys alone. Raises Conflict while a peer runs on the folder, and in a cluster."""
     make_folder(data_dir)
     with exclusive(data_dir):
+        belonging = ClusterFiles(data_dir).belonging()
+        if belonging is not None and not (belonging.founder and (data_dir / STORE_FILE).exists()):
+            raise Conflict("the keys of a cluster are in its store: start this host's peer, or ask another with --url")
         async with trio.open_nursery() as nursery:
             store = await SqliteStore.open(data_dir / STORE_FILE, nursery, clock=SystemClock())
             try:

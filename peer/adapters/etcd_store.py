@@ -465,7 +465,7 @@ def _operation(write: Write) -> dict[str, Any]:
 
 
 def _require_sendable(compare: Sequence[Compare], *branches: Sequence[Write]) -> int:
-    """Bytes of keys and values. Raises ValueError, TypeError for what no store takes, TooLarge for what etcd refuses."""
+    """Its bytes. Raises ValueError, TypeError for what no store takes, TooLarge for what etcd refuses."""
     for each in compare:
         if each.field not in _TARGETS:
             raise ValueError(f"no field {each.field}")

@@ -167,6 +167,8 @@ def settle(data_dir: Path, files: ClusterFiles) -> None:
         sync(data_dir)
     shutil.rmtree(data_dir / FILLING, ignore_errors=True)
     files.store_founded()
+    if (data_dir / STORE_FILE).exists() and (data_dir / KEPT).exists():
+        raise Conflict(f"{data_dir} has both {STORE_FILE} and {KEPT}: the first was made later; move it away")
     rename_sqlite(data_dir / STORE_FILE, data_dir / KEPT)
 
 

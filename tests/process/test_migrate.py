@@ -185,6 +185,7 @@ def test_there_confirmed_and_refusals_on_the_way(host: Host) -> None:
     assert host.files() == {"cluster", "etcd", "migration.json", "store.sqlite.migrated"}
     assert migration.unsettled(host.data) == ""
     assert host.run_json("migrate") == done  # once more changes nothing
+    assert "start this host's peer" in host.run("key", "list", code=6)  # and makes no store
     after, newer = Member(host).ask(measured_and_led)
     assert after == before
     assert newer > epoch
