@@ -22,7 +22,7 @@ import trio
 
 from api.app import ApiApp, create_app
 from api.serve import serve
-from peer import identity, limits, logs
+from peer import credentials, identity, limits, logs
 from peer.adapters.catalogue import read_catalogue
 from peer.adapters.clock import SystemClock, SystemEntropy
 from peer.adapters.cluster_files import ClusterFiles
@@ -299,15 +299,25 @@ class _Node:
             await done.wait()
 
     async def _ensure_admin_key(self, cluster: Cluster) -> None:
-        """The file's key must be in force; on the first start, or if either was lost, a new one is made."""
+        """The owner's key must be in force, else the file's; on the first start, or if either was lost, one is made.
+
+        Raises ConfigError if the owner's key was revoked, or its id is of another key.
+        """
+        given = credentials.admin_key(os.environ)
         token = identity.read_admin_token(self._data_dir)
-        parts = keys.split(token) if token is not None else None
+        parts = given or (keys.split(token) if token is not None else None)
         if parts is not None:
             await cluster.call(ListWorkers())  # when this is answered, so are the keys known here
             known = cluster.key(parts[0])
-            if known is not None and keys.matches(known, parts[1]) and known.revoked_at is None:
+            matches = known is not None and keys.matches(known, parts[1])
+            if known is not None and matches and known.revoked_at is None:
+                if keys.token(*parts) != token:
+                    self._write_admin_key(*parts)
                 return
-        key_id, secret = secrets.token_hex(4), secrets.token_hex(32)
+            if given is not None and known is not None:
+                why = "is revoked" if matches else "has the id of another key"
+                raise ConfigError(f"the credential {credentials.ADMIN_KEY} {why}: give a new one")
+        key_id, secret = given or (secrets.token_hex(4), secrets.token_hex(32))
         key = ApiKey(
             key_id=key_id,
             owner=_ADMIN,
@@ -318,6 +328,9 @@ class _Node:
             requests_per_minute=None,
         )
         await cluster.call(CreateKey(key=key))
+        self._write_admin_key(key_id, secret)
+
+    def _write_admin_key(self, key_id: str, secret: str) -> None:
         identity.write_private(self._data_dir / identity.ADMIN_KEY_FILE, keys.token(key_id, secret) + "\n")
 
     def _announce(self, bound: tuple[str, int], peer_id: str, peer_file: Path) -> NodeInfo:

@@ -93,7 +93,7 @@ def test_only_composition_roots_import_the_api() -> None:
 
 def test_adapters_are_wired_by_composition_roots_only() -> None:
     """The leader and the executor see ports."""
-    roots = ("peer.node", "peer.cli", "peer.offline_keys", "peer.adapters")
+    roots = ("peer.node", "peer.cluster_host", "peer.cli", "peer.offline_keys", "peer.adapters")
     report(
         [
             f"{source.path}:{line}: imports {name}"
