@@ -10,6 +10,7 @@ from api import format, schemas
 from api.decode import BodyDecoder
 from api.http import Call, Reply, Route
 from peer.state import enrol as records
+from peer.state.command import DrainedHost, DrainHost
 from peer.state.enrol import CreateJoinToken, HostView, ListHosts, NewJoinToken, Revocation, RevokeHost
 
 _encode = msgspec.json.Encoder().encode
@@ -47,6 +48,9 @@ def view(found: HostView) -> schemas.Host:
         enrolled_at=format.timestamp_or_none(host.enrolled_at if host is not None else None),
         certificate_expires_at=format.timestamp_or_none(host.expires_at if host is not None else None),
         revoked_at=format.timestamp_or_none(revocation.revoked_at if revocation is not None else None),
+        draining=found.draining,
+        models=found.models,
+        tasks=found.tasks,
     )
 
 
@@ -61,6 +65,21 @@ async def revoke(call: Call) -> Reply:
     )
     answer = schemas.RevokedHost(peer_id=revoked.peer_id, revoked_at=format.timestamp(revoked.revoked_at))
     return Reply(_encode(answer))
+
+
+async def drain(call: Call) -> Reply:
+    return await _drain(call, undo=False)
+
+
+async def undo_drain(call: Call) -> Reply:
+    return await _drain(call, undo=True)
+
+
+async def _drain(call: Call, *, undo: bool) -> Reply:
+    drained: DrainedHost = await call.api.cluster.call(
+        DrainHost(name=call.args[0], undo=undo, by=call.caller.owner)
+    )
+    return Reply(_encode(schemas.DrainedHost(peer_id=drained.peer_id, draining=drained.draining)))
 
 
 ROUTES = (
@@ -95,5 +114,25 @@ ROUTES = (
         schemas.RevokedHost,
         errors=(404, 409),
         description="By its peer_id, or by its host name if only one host has it. 409 for the host that leads.",
+    ),
+    Route(
+        "POST",
+        "/cluster/hosts/{name}/drain",
+        drain,
+        "admin",
+        "Empty a host: models and tasks move away, and none come",
+        schemas.DrainedHost,
+        errors=(404, 409),
+        description="Models are loaded elsewhere before they leave. `GET /cluster/hosts` shows what is left. "
+        "409 where there is no other host.",
+    ),
+    Route(
+        "DELETE",
+        "/cluster/hosts/{name}/drain",
+        undo_drain,
+        "admin",
+        "Take a host back into use",
+        schemas.DrainedHost,
+        errors=(404,),
     ),
 )

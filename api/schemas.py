@@ -482,6 +482,16 @@ class Host(Answer):
     enrolled_at: str | None
     certificate_expires_at: str | None
     revoked_at: str | None
+    draining: bool
+    models: int
+    tasks: int
+
+
+class DrainedHost(Answer):
+    """`draining`: from now on no model is loaded there, and what is there moves away."""
+
+    peer_id: str
+    draining: bool
 
 
 class HostList(Answer):

@@ -25,6 +25,7 @@ class Cluster(Section, frozen=True):
     voters_wanted: int = 0  # 1, 3 or 5; 0: 3 as soon as there are as many, else 1
     voter_dead_s: float = 600.0  # a voter that is away for so long is replaced, if it can be
     lost_share_max: float = 0.34  # of the peers; more are not given up at once without confirmation
+    rebalance: Literal["off", "memory_optimized", "load_balanced", "latency_optimized"] = "load_balanced"
 
 
 class Link(Section, frozen=True):

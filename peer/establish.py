@@ -13,7 +13,7 @@ from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.metric import Bucket
 from peer.state.model import Assignment, Draining, LoadProfile, Model
-from peer.state.plan import Plan
+from peer.state.plan import Leaving, Plan
 from peer.state.record import decode, idempotency_key, prefix_end
 from peer.state.snapshot import Policy, Snapshot
 from peer.state.task import Idempotency, Task, TaskInput
@@ -24,6 +24,7 @@ _KINDS: Mapping[str, type[Record]] = {
     "worker/": Worker,
     "assignment/": Assignment,
     "draining/": Draining,
+    "leaving/": Leaving,
     "profile/": LoadProfile,
     "key/": ApiKey,
     "plan/": Plan,

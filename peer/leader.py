@@ -18,7 +18,7 @@ import trio
 
 from peer import limits
 from peer.answers import Alone, Answers, Voucher, not_leading
-from peer.decide import admit, keys, lose, meter, place, rebalance, record, recover, retain, schedule
+from peer.decide import admit, keys, lose, meter, place, rebalance, record, recover, replan, retain, schedule
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
 from peer.decide.quota import Quota
@@ -36,6 +36,7 @@ from peer.state.record import decode, ended_at, idempotency_key, prefix_end, tas
 from peer.state.snapshot import Linked, Policy, Rumoured, Snapshot, StoreWrites
 from peer.state.task import Idempotency, Task
 from peer.streams import StreamHub
+from peer.transfer import nobody_else, transfer
 
 log = structlog.get_logger(__name__)
 
@@ -104,7 +105,7 @@ class Leader:
         self._inbox_send, self._inbox = trio.open_memory_channel[_Item](limits.COMMANDS_WAITING_MAX)
         self._committing = trio.Lock()
         self._registrar = Registrar(snapshot, entropy, authority, seeds)
-        self._answers = Answers(snapshot, store, clock, streams, self._registrar, self._settled)
+        self._answers = Answers(snapshot, store, clock, streams, self._registrar, self.settled)
         self._late_evidence: dict[tuple[type, str], Linked | Rumoured] = {}
         self._deciding: list[_Pending] = []
         self._stopping = ""
@@ -113,6 +114,7 @@ class Leader:
         self.came_round_at: float | None = None
         """When a tick last began, for a watchdog."""
         self.quota = Quota()
+        self.let_go: Callable[[], None] = nobody_else  # cancels `run`. Raises Conflict
         self.on_shared: Callable[[], None] = lambda: None  # keys, catalogue or who is revoked have changed
 
     # ---------------------------------------------------------------- what callers use
@@ -171,6 +173,8 @@ class Leader:
         """Commands are handed over to the leader's task: a caller that goes away does not undo them."""
         if isinstance(request, Counted):
             return self.quota.answer(request, self._clock.now())
+        if isinstance(request, asks.TransferLeadership):
+            return await transfer(request, self._snapshot, self.settled, self.let_go)
         if isinstance(request, asks.Command):
             return await self._command(request)
         return await self._answers.query(request)
@@ -199,7 +203,7 @@ class Leader:
     # ---------------------------------------------------------------- queries
 
     @asynccontextmanager
-    async def _settled(self) -> AsyncIterator[None]:
+    async def settled(self) -> AsyncIterator[None]:
         """While nothing is in flight and no other peer can have led since: what the snapshot says is durable and the
         newest. Raises Unavailable when this is over."""
         async with self._committing:
@@ -228,10 +232,10 @@ class Leader:
 
     def _give_up(self) -> None:
         """Nobody waits for an answer that will not come, and nobody reads what may not be durable."""
-        self._over = True
+        in_flight, self._over = self._over, True
         for pending in self._deciding:
             if not pending.done.is_set():
-                pending.error = _ambiguous("this peer has stopped leading")
+                pending.error = _ambiguous("this peer has stopped leading") if in_flight else not_leading()
                 pending.done.set()
         while True:
             try:
@@ -271,12 +275,12 @@ class Leader:
 
     async def _batch(self, batch: list[_Item]) -> None:
         """Decide, commit and carry out one batch; an empty one is a tick."""
+        commands = [item for item in batch if isinstance(item, _Pending)]
+        if commands:
+            self._deciding = commands
         async with self._committing:
             if self._over:
                 return  # the other task's commit has failed, which ends this one too
-            commands = [item for item in batch if isinstance(item, _Pending)]
-            if commands:
-                self._deciding = commands
             await self._read_stored(commands)
             work = Batch(self._snapshot, self._clock.wall())
             for item in batch:
@@ -298,7 +302,9 @@ class Leader:
             work.count_ended()
             work.take(retain.forget_events(self._snapshot))
             await self._commit(work.transactions)
-            if commands and not work.transactions:  # refusals and repeats tell what memory says, as queries do
+            if (
+                commands and not work.transactions
+            ):  # refusals and repeats tell what memory says, as queries do
                 await self._confirm()
         await self._carry_out(work, commands)
 
@@ -415,6 +421,8 @@ class Leader:
             case asks.Rebalance() as command:
                 rebalance_id = f"rebal-{self._entropy.token(_ENTROPY_BYTES)}"
                 return rebalance.rebalance(snapshot, now, command, rebalance_id)
+            case asks.DrainHost() as command:
+                return replan.drain_host(snapshot, now, command)
             case asks.CreateKey() as command:
                 return keys.create(snapshot, command)
             case asks.RevokeKey() as command:
@@ -455,6 +463,7 @@ class Leader:
         work.take(self._registrar.tick(now))
         if int(now) != self._sampled_at:
             self._sampled_at = int(now)
+            work.take(replan.replan(snapshot, now, f"rebal-{self._entropy.token(_ENTROPY_BYTES)}"))
             work.take(meter.sample_gauges(snapshot, now))
             work.take(meter.roll_up(snapshot, now))
 

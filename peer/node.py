@@ -103,6 +103,7 @@ def policy_of(config: Config) -> Policy:
         events_kept=config.retention.events,
         memory_reserve_bytes=config.engine.memory_reserve_bytes,
         lost_share_max=config.cluster.lost_share_max,
+        auto_rebalance="" if config.cluster.rebalance == "off" else config.cluster.rebalance,
     )
 
 

@@ -256,8 +256,8 @@ class Network(Protocol):
     """Connections between peers."""
 
     async def dial(self, peer_id: str, address: str) -> Connection:
-        """A new connection to that peer. Raises Unavailable within limits.DIAL_S_MAX, with the code REFUSED where that is
-        certain."""
+        """A new connection to that peer. Raises Unavailable within limits.DIAL_S_MAX, with the code REFUSED where its
+        host says that nobody listens."""
 
     async def listen(
         self,

@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "restart": ("peer.cli.cluster", "Restart a worker's engine."),
     "metrics": ("peer.cli.cluster", "Show measured performance."),
     "rebalance": ("peer.cli.cluster", "Move models to where they serve best."),
+    "drain": ("peer.cli.drain", "Empty a host, or take it back into use."),
     "events": ("peer.cli.events", "Follow the cluster's events."),
     "models": ("peer.cli.models", "List the catalogue and where its models are."),
     "load": ("peer.cli.models", "Load a model on workers."),

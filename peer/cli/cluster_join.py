@@ -194,14 +194,15 @@ def list_(client: Client, as_json: bool) -> None:
     rows = [
         (
             each["peer_id"],
-            each["status"],
+            "draining" if each["draining"] else each["status"],
             each["voter"],
+            f"{each['models']}/{each['tasks']}",
             each["addresses"],
             each["certificate_expires_at"] or each["revoked_at"],
         )
         for each in answer.data["hosts"]
     ]
-    columns = ("HOST", "STATUS", "MAY LEAD", "ADDRESSES", "EXPIRES OR REVOKED")
+    columns = ("HOST", "STATUS", "MAY LEAD", ">MODELS/TASKS", "ADDRESSES", "EXPIRES OR REVOKED")
     table(columns, rows, empty="this host is in no cluster")
 
 

@@ -15,9 +15,12 @@ differences of the bounds allow clocks to differ in rate by a quarter.)
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from peer.limits import GUARD_S, LEASE_SURE_S, READ_FRESH_S, STEP_DOWN_S
+from peer.state.member import Member
+from peer.state.voter import LinkedPeer, VoterView
 
 _LOOK_S = 1.0  # how often a voter without evidence looks at the leader key
 _LOOK_CLOSELY_S = 0.25  # and one with evidence: a leader that stops politely gives the key back at once
@@ -82,12 +85,14 @@ Action = Wait | Campaign | Depose
 
 
 def candidate(
-    peer_id: str, seen: Seen, guard: Guard | None, evidence: str, now: float
+    peer_id: str, seen: Seen, guard: Guard | None, evidence: str, now: float, aside_until: float = 0.0
 ) -> tuple[Guard | None, Action]:
     """What a voter that does not lead does next. `evidence`: why the holder is believed gone, "" if it is not.
 
-    The guard is what to remember until the next look.
+    Until `aside_until` a free key is left to the others. The guard is what to remember until the next look.
     """
+    if seen.epoch == 0 and now < aside_until:
+        return None, Wait(_LOOK_CLOSELY_S, "this peer has led, and leaves it to another one")
     if seen.epoch == 0:
         return None, Campaign("nobody leads")
     if seen.holder == peer_id:
@@ -98,8 +103,23 @@ def candidate(
         guard = Guard(seen.epoch, seen.beat_revision, seen.ended)
     left = guard.since + GUARD_S - now
     if left > 0:
-        return guard, Wait(min(left, _LOOK_CLOSELY_S), f"{seen.holder} may be gone ({evidence}): is its beat still?")
+        return guard, Wait(
+            min(left, _LOOK_CLOSELY_S), f"{seen.holder} may be gone ({evidence}): is its beat still?"
+        )
     return guard, Depose(seen.epoch, seen.beat_revision, f"{evidence}, and no beat for {GUARD_S:g} s")
+
+
+def heirs(
+    leader: str, voters: Iterable[VoterView], members: Iterable[Member], linked: Mapping[str, LinkedPeer]
+) -> tuple[str, ...]:
+    """The peers that could lead at once instead: voters with a session whose store answers.
+
+    Who votes is what the store's members say; where others run the store, what the peers say in their tags.
+    """
+    voting = {each.peer_id for each in voters if not each.learner} or {
+        each.peer_id for each in members if each.tags.get("voter") == "1"
+    }
+    return tuple(sorted(name for name in voting - {leader} if name in linked and not linked[name].problem))
 
 
 def vouched(beat_begun: float, kept_begun: float, now: float) -> bool:

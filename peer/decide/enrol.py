@@ -9,7 +9,8 @@ from __future__ import annotations
 from msgspec.structs import replace as changed
 
 from peer.decide.decision import Decision
-from peer.errors import BadRequest, Conflict, NotFound, Overloaded, RateLimited, Unauthorized
+from peer.decide.members import named
+from peer.errors import BadRequest, Conflict, Overloaded, RateLimited, Unauthorized
 from peer.limits import NAME_CHARS_MAX
 from peer.state import enrol as records
 from peer.state.enrol import (
@@ -107,7 +108,7 @@ def revoke(registry: Registry, now: float, command: RevokeHost, *, leader: str) 
     before = registry.revocations.get(command.name)
     if before is not None:
         return Decision(reply=before)
-    host = registry.hosts.get(command.name) or _by_host_name(registry, command.name)
+    host = registry.hosts[named(registry.hosts, command.name)]
     if host.peer_id == leader:
         raise Conflict(
             f"{host.peer_id} leads now; let another peer lead before you revoke it",
@@ -141,6 +142,9 @@ def hosts(snapshot: Snapshot) -> tuple[HostView, ...]:
             peer_id=host.peer_id,
             status="online" if _is_online(snapshot, host.peer_id) else "offline",
             host=host,
+            draining=host.peer_id in snapshot.leaving,
+            models=sum(len(snapshot.replicas.get(w, ())) for w in snapshot.peers.get(host.peer_id, ())),
+            tasks=sum(len(snapshot.held.get(w, ())) for w in snapshot.peers.get(host.peer_id, ())),
         )
         for host in registry.hosts.values()
     ]
@@ -260,17 +264,3 @@ def _unexpired(host: Host, now: float) -> tuple[tuple[str, float], ...]:
     """(serial, expires_at) of its certificates that a clock somewhere may still take."""
     known = (*host.earlier, (host.serial, host.expires_at))
     return tuple(each for each in known if each[1] > now - records.CLOCK_SKEW_S)
-
-
-def _by_host_name(registry: Registry, name: str) -> Host:
-    """A peer's name is its host's, a dash and some digits."""
-    hosts = [host for host in registry.hosts.values() if host.peer_id.rpartition("-")[0] == name]
-    if len(hosts) == 1:
-        return hosts[0]
-    if hosts:
-        raise Conflict(
-            f"{len(hosts)} peers are called {name}; give one by its whole name",
-            code="ambiguous_host",
-            details={"peer_ids": [host.peer_id for host in hosts]},
-        )
-    raise NotFound(f"there is no host `{name}`", code="host_not_found", details={"host": name})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from peer.errors import Conflict, NotFound
 from peer.limits import TAGS_BYTES_MAX
 from peer.state.member import Member
 
@@ -44,6 +45,26 @@ def tags(
             f"the tags take {_size(wanted)} bytes of {TAGS_BYTES_MAX}: the addresses are too long"
         )
     return wanted
+
+
+def named(peer_ids: Iterable[str], name: str) -> str:
+    """The peer of that name: its own, or its host's where only one is of that host. Raises NotFound, Conflict.
+
+    A peer's name is its host's, a dash and some digits.
+    """
+    known = sorted(peer_ids)
+    if name in known:
+        return name
+    found = [peer_id for peer_id in known if peer_id.rpartition("-")[0] == name]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise Conflict(
+            f"{len(found)} peers are called {name}; give one by its whole name",
+            code="ambiguous_host",
+            details={"peer_ids": found},
+        )
+    raise NotFound(f"there is no host `{name}`", code="host_not_found", details={"host": name})
 
 
 def _size(wanted: Mapping[str, str]) -> int:

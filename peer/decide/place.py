@@ -12,6 +12,7 @@ from peer.decide.workers import (
     free_slots,
     held_of,
     is_up,
+    leaves,
     load_seconds,
     memory,
     memory_needed,
@@ -142,6 +143,12 @@ def _placed(snapshot: Snapshot, now: float, model: Model, worker_id: str, preloa
             code="wrong_engine",
             details={"worker_id": worker_id},
         )
+    if leaves(snapshot, worker_id):
+        raise Conflict(
+            f"the host of {worker_id} is being emptied; `bitinglip drain --undo` ends that",
+            code="host_drains",
+            details={"worker_id": worker_id},
+        )
     replica = snapshot.replicas.get(worker_id, {}).get(model.name)
     if replica is not None and replica.state is ReplicaState.READY:
         return PlacedModel(worker_id=worker_id, status="loaded", estimated_s=0.0)
@@ -255,7 +262,8 @@ def reconcile(snapshot: Snapshot, now: float) -> Decision:
     wishes = snapshot.index.unmet.values()
     for wish in sorted(wishes, key=lambda a: (a.priority, a.created_at, a.model_name, a.worker_id)):
         model = snapshot.catalogue.get(wish.model_name)
-        if model is None or not _may_load(snapshot, now, wish.worker_id, begun):
+        waits = leaves(snapshot, wish.worker_id) or not _may_load(snapshot, now, wish.worker_id, begun)
+        if model is None or waits:
             continue
         if _begin(snapshot, now, model, wish.worker_id, decision):
             begun[wish.worker_id] = None

@@ -12,12 +12,12 @@ from peer.decide.workers import (
     can_run,
     free_slots,
     held_of,
+    is_up,
     load_seconds,
     memory,
     memory_needed,
     status,
     takes_tasks,
-    usable,
 )
 from peer.state.command import AssignmentView, ClusterStatus, ModelView, PendingReason, TaskView, WorkerView
 from peer.state.metric import WorkerMetrics
@@ -102,7 +102,7 @@ def estimated_wait_s(snapshot: Snapshot, now: float, task: Task) -> float | None
     model = snapshot.catalogue.get(task.model_name)
     if model is None:
         return None
-    workers = [w for w in usable(snapshot, now) if can_run(snapshot, model, w)]
+    workers = [w for w in snapshot.workers if is_up(snapshot, w, now) and can_run(snapshot, model, w)]
     replicas = [of[model.name] for w in workers if model.name in (of := snapshot.replicas[w])]
     serving = [r for r in replicas if takes_tasks(snapshot, r)]
     load_s = 0.0

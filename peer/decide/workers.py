@@ -57,8 +57,13 @@ def reachable(snapshot: Snapshot, worker_id: str, now: float) -> bool:
 
 
 def usable(snapshot: Snapshot, now: float) -> list[str]:
-    """Workers whose engine is up and whose peer is there, in order of their ids."""
-    return [w for w in sorted(snapshot.workers) if is_up(snapshot, w, now)]
+    """Workers that may get models: engine up, peer there and not to leave; in order of their ids."""
+    return [w for w in sorted(snapshot.workers) if is_up(snapshot, w, now) and not leaves(snapshot, w)]
+
+
+def leaves(snapshot: Snapshot, worker_id: str) -> bool:
+    """Whether its host is to be emptied."""
+    return snapshot.workers[worker_id].peer_id in snapshot.leaving
 
 
 def can_run(snapshot: Snapshot, model: Model, worker_id: str) -> bool:

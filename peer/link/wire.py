@@ -203,6 +203,7 @@ _ANSWERS: Mapping[type[Any], Any] = MappingProxyType(
         asks.RestartWorker: asks.RestartReply,
         asks.Rebalance: Plan,
         asks.DrainHost: asks.DrainedHost,
+        asks.TransferLeadership: asks.Led,
         asks.CreateKey: ApiKey,
         asks.RevokeKey: ApiKey,
         enrol.CreateJoinToken: enrol.NewJoinToken,

@@ -73,6 +73,20 @@ class Rebalance(Record, frozen=True, tag="rebalance"):
     dry_run: bool
 
 
+class DrainHost(Record, frozen=True, tag="drain_host"):
+    """-> DrainedHost. By its peer_id, or its host's name where that is unique. NotFound; Conflict if it is alone."""
+
+    name: str
+    undo: bool = False
+    by: str = ""
+
+
+class TransferLeadership(Record, frozen=True, tag="transfer_leadership"):
+    """-> Led, once another epoch than this one leads: may be asked again. Conflict if nobody else could lead."""
+
+    epoch: int
+
+
 class CreateKey(Record, frozen=True, tag="create_key"):
     """-> ApiKey. The caller made the secret; only its hash is here."""
 
@@ -93,6 +107,8 @@ Command = (
     | UnloadModel
     | RestartWorker
     | Rebalance
+    | DrainHost
+    | TransferLeadership
     | CreateKey
     | RevokeKey
     | HostCommand
@@ -220,6 +236,20 @@ class PlacedModel(Record, frozen=True):
     status: str  # loading, queued, loaded, assigned
     estimated_s: float
     reason: str = ""
+
+
+class Led(Record, frozen=True):
+    """Who leads now."""
+
+    peer_id: str
+    epoch: int
+
+
+class DrainedHost(Record, frozen=True):
+    """Whether it is to be emptied from now on."""
+
+    peer_id: str
+    draining: bool
 
 
 class AssignReply(Record, frozen=True):

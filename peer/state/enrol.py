@@ -146,6 +146,9 @@ class HostView(Record, frozen=True):
     status: HostStatus
     host: Host | None = None
     revocation: Revocation | None = None
+    draining: bool = False  # it is being emptied
+    models: int = 0  # that it holds
+    tasks: int = 0  # likewise
 
 
 class Grant(Record, frozen=True):

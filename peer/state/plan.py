@@ -25,6 +25,14 @@ class Move(Record, frozen=True):
     actual_s: float | None = None
 
 
+class Leaving(Record, frozen=True):
+    """A host that is to hold nothing: no model is loaded there, and what is there moves away."""
+
+    peer_id: str
+    since: float
+    by: str = ""
+
+
 class Plan(Record, frozen=True):
     rebalance_id: str
     strategy: str

@@ -20,7 +20,7 @@ from peer.state.event import Event
 from peer.state.key import ApiKey
 from peer.state.metric import Bucket
 from peer.state.model import Assignment, Draining, LoadProfile
-from peer.state.plan import Plan
+from peer.state.plan import Leaving, Plan
 from peer.state.task import TERMINAL, Idempotency, Task, TaskInput, TaskResult, shown
 from peer.state.worker import Worker
 
@@ -55,6 +55,7 @@ _KEYS: Mapping[type[Record], Callable[[Any], str]] = MappingProxyType(
         ApiKey: lambda r: f"key/{_name(r.key_id)}",
         Event: lambda r: f"event/{r.id:016d}",
         Bucket: lambda r: f"metric/{r.resolution}/{r.start:012d}",
+        Leaving: lambda r: f"leaving/{_name(r.peer_id)}",
         Plan: lambda r: f"plan/{r.rebalance_id}",
         JoinToken: lambda r: f"join/{_name(r.token_id)}",
         Host: lambda r: f"host/{_name(r.peer_id)}",

@@ -19,7 +19,7 @@ from peer.state.index import Index
 from peer.state.key import ApiKey
 from peer.state.metric import Bucket
 from peer.state.model import Assignment, Draining, LoadProfile, Model, Replica
-from peer.state.plan import Plan
+from peer.state.plan import Leaving, Plan
 from peer.state.record import encode, idempotency_key, index_keys, key_of
 from peer.state.task import TERMINAL, Idempotency, Status, Task, TaskInput
 from peer.state.voter import VoterView
@@ -101,8 +101,8 @@ class Shown:
 
 @dataclass(frozen=True, slots=True)
 class Linked:
-    """The leader's session with this peer's process came up, or ended. `dead`: its host says that there is no such process
-    any more, by refusing a new connection to it."""
+    """The leader's session with this peer's process came up, or ended. `dead`: its host says that there is no such
+    process any more, by refusing a new connection to it."""
 
     peer_id: str
     up: bool
@@ -149,9 +149,19 @@ class Told:
     """Clients know the status of every worker."""
 
 
+@dataclass(frozen=True, slots=True)
+class Peopled:
+    """Which hosts are there, since when, and for whom was planned last; volatile."""
+
+    seen: frozenset[str]
+    since: float
+    planned_for: frozenset[str]
+    planned_at: float
+
+
 Change = (
     Save | Drop | Heard | Alive | Foresee | Pause | Downtime | Pace | Shown | Told | Linked | Rumoured | Ticked
-    | Silent | Lose
+    | Silent | Lose | Peopled
 )  # fmt: skip
 _PACE_WEIGHT = 0.1  # of the newest task in the moving average of run times
 StoreWrites = dict[str, bytes | None]  # key: value, or None to delete
@@ -169,6 +179,7 @@ class Policy:
     events_kept: int
     memory_reserve_bytes: int
     lost_share_max: float = 0.34  # of the peers; more are not lost at once without confirmation
+    auto_rebalance: str = ""  # the strategy to plan by when hosts came or went; "": none
 
 
 @dataclass(slots=True)
@@ -202,6 +213,8 @@ class Snapshot:
     losses: dict[str, Lose] = field(default_factory=dict)  # the latest ones, also of peers that came back
     replicas: dict[str, dict[str, Replica]] = field(default_factory=dict)  # by worker, by model
     foreseen: dict[tuple[str, str], Foresee] = field(default_factory=dict)
+    leaving: dict[str, Leaving] = field(default_factory=dict)  # by peer
+    peopled: Peopled | None = None
     draining: dict[tuple[str, str], Draining] = field(default_factory=dict)
     paused: dict[str, None] = field(default_factory=dict)  # workers, until they report
     downtime_s: dict[str, float] = field(default_factory=dict)
@@ -264,6 +277,8 @@ class Snapshot:
                     self.unlinked.pop(peer_id, None)
                 else:
                     self.unlinked[peer_id] = change
+            case Peopled():
+                self.peopled = change
             case Rumoured(peer_id=peer_id):
                 self.rumours[peer_id] = change
             case Ticked(at=at, slept=slept):
@@ -352,6 +367,8 @@ class Snapshot:
                 self.assignments[record.worker_id, record.model_name] = record
                 self.wishes.setdefault(record.worker_id, {})[record.model_name] = record
                 self.index.touch(self, record.worker_id)
+            case Leaving():
+                self.leaving[record.peer_id] = record
             case Draining():
                 self.draining[record.worker_id, record.model_name] = record
                 self.index.touch(self, record.worker_id)
@@ -432,6 +449,8 @@ class Snapshot:
                 self.assignments.pop((record.worker_id, record.model_name), None)
                 self.wishes.get(record.worker_id, {}).pop(record.model_name, None)
                 self.index.unmet.pop((record.worker_id, record.model_name), None)
+            case Leaving():
+                self.leaving.pop(record.peer_id, None)
             case Draining():
                 self.draining.pop((record.worker_id, record.model_name), None)
                 self.index.touch(self, record.worker_id)

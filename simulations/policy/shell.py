@@ -12,7 +12,7 @@ from dataclasses import replace as changed
 from typing import Any, NoReturn, Protocol
 
 from peer import limits
-from peer.decide import admit, lose, meter, place, record, recover, retain, schedule
+from peer.decide import admit, lose, meter, place, record, recover, replan, retain, schedule
 from peer.decide import rebalance as moves
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
@@ -66,6 +66,7 @@ class Decisions:
     forget_plans: Callable[..., Decision] = retain.forget_plans
     sample_gauges: Callable[..., Decision] = meter.sample_gauges
     roll_up: Callable[..., Decision] = meter.roll_up
+    replan: Callable[..., Decision] = replan.replan
     schedule: Callable[..., Decision] = schedule.schedule
     forget_events: Callable[..., Decision] = retain.forget_events
     forget_tasks: Callable[..., Decision] = retain.forget_tasks
@@ -299,6 +300,7 @@ class SimLeader:
             self._take(work, name, timed=timed)
         if int(work.now) != self._sampled_at:
             self._sampled_at = int(work.now)
+            self._take(work, "replan", f"rebal-{self._token()}")
             for name, timed in TICK_EACH_SECOND:
                 self._take(work, name, timed=timed)
         self._hear_the_quiet(work)

@@ -187,6 +187,13 @@ class FakeCluster:
         ]
         return (*known, *revoked)
 
+    async def _DrainHost(self, request: command.DrainHost) -> command.DrainedHost:
+        if request.name not in self.registry.hosts:
+            raise NotFound(f"there is no host `{request.name}`", code="host_not_found")
+        if len(self.registry.hosts) == 1 and not request.undo:
+            raise Conflict("there is no other host", code="no_other_host")
+        return command.DrainedHost(peer_id=request.name, draining=not request.undo)
+
     async def _RevokeHost(self, request: enrol.RevokeHost) -> enrol.Revocation:
         if request.name not in self.registry.hosts:
             raise NotFound(f"there is no host `{request.name}`", code="host_not_found")

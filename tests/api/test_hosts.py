@@ -9,6 +9,7 @@ import pytest
 
 from peer.errors import Conflict
 from peer.state import enrol as records
+from peer.state.command import DrainHost
 from peer.state.enrol import CreateJoinToken, RevokeHost
 from tests.api.conftest import RunningServer
 from tests.api.fake_parts import WALL
@@ -61,6 +62,9 @@ def test_hosts_are_listed_and_one_is_revoked(client: httpx.Client, server: Runni
         "enrolled_at": "2025-05-29T10:00:00Z",
         "certificate_expires_at": "2025-06-28T10:00:00Z",
         "revoked_at": None,
+        "draining": False,
+        "models": 0,
+        "tasks": 0,
     }
     listed = client.get("/cluster/hosts").json()
     assert listed["total"] == 2
@@ -80,6 +84,9 @@ def test_hosts_are_listed_and_one_is_revoked(client: httpx.Client, server: Runni
             "enrolled_at": None,
             "certificate_expires_at": None,
             "revoked_at": "2025-05-30T10:00:00Z",
+            "draining": False,
+            "models": 0,
+            "tasks": 0,
         },
     ]
 
@@ -87,3 +94,13 @@ def test_hosts_are_listed_and_one_is_revoked(client: httpx.Client, server: Runni
 @pytest.mark.parametrize(("name", "status"), [("nobody", 404), ("gpu-1-000001", 409)])
 def test_who_cannot_be_revoked(client: httpx.Client, name: str, status: int) -> None:
     assert client.delete(f"/cluster/hosts/{name}").status_code == status
+
+
+def test_a_host_is_drained_and_taken_back(client: httpx.Client, server: RunningServer) -> None:
+    path = "/cluster/hosts/gpu-1-000001/drain"
+    answer = client.post(path)
+    assert (answer.status_code, answer.json()) == (200, {"peer_id": "gpu-1-000001", "draining": True})
+    assert server.cluster.requests[-1] == DrainHost(name="gpu-1-000001", by="admin-owner")
+    assert client.delete(path).json() == {"peer_id": "gpu-1-000001", "draining": False}
+    answer = client.post("/cluster/hosts/nowhere/drain")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "host_not_found")
