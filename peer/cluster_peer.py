@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Final
 
 import structlog
 import trio
 
 from peer import health, limits
-from peer.decide import members
+from peer.decide import elect, members
 from peer.decide.quota import Quota
 from peer.decide.voters import Bounds
 from peer.election import Election, Leadership
-from peer.errors import BitinglipError, Unavailable
+from peer.errors import BitinglipError, Conflict, Unavailable
 from peer.establish import load_snapshot
 from peer.executor import Executor
 from peer.follower import Follower
@@ -45,6 +46,7 @@ from peer.state.model import Model
 from peer.state.order import Order, Report
 from peer.state.snapshot import Policy, Snapshot
 from peer.streams import StreamHub
+from peer.transfer import let_go_politely
 from peer.version import VERSION
 from peer.voters import VoterKeeper
 
@@ -155,8 +157,11 @@ class ClusterPeer:
         """Hand the leadership over, let runs end, then end the engines; clients are served on. False if some run was
         cut off at the limit."""
         self._stopping = True
-        if self.election is not None:
-            self.election.resign()
+        election, leader = self.election, self.leader
+        if election is not None and leader is not None:
+            await let_go_politely(leader.settled, election.resign)
+        elif election is not None:
+            election.resign()
         done = await self.executor.drain(limit_s)
         self.executor.stop()
         with trio.move_on_after(limits.ENGINE_STOP_S_MAX):
@@ -340,6 +345,7 @@ class ClusterPeer:
                 followers.share(shared)
 
             leader.on_shared = share
+            leader.let_go = partial(self._hand_over, snapshot, followers)
             share()
             await self._serve(leader, journal, leadership.epoch, snapshot, followers)
         finally:
@@ -384,6 +390,13 @@ class ClusterPeer:
         for peer_id in list(snapshot.peers):
             if peer_id != self._identity.peer_id and peer_id not in followers.linked:
                 await self._knock(peer_id, leader)
+
+    def _hand_over(self, snapshot: Snapshot, followers: Followers) -> None:
+        """Let go of the leadership for another voter. Raises Conflict if there is none that could take it."""
+        me, gossiped = self._identity.peer_id, self.membership.members.values()
+        if self.election is None or not elect.heirs(me, snapshot.voters, gossiped, followers.linked):
+            raise Conflict("no other voter is up: nobody else could lead", code="no_other_voter")
+        self.election.step_aside()
 
     async def send(self, peer_id: str, order: Order) -> None:
         """ports.Link to this peer's own executor."""

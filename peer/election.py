@@ -96,6 +96,7 @@ class Election:
         self._evidence: dict[str, str] = {}  # by peer: why it is believed gone
         self._wake = trio.Event()
         self._resigning = False
+        self._aside_until = 0.0
         self._scope: trio.CancelScope | None = None
         self.leadership: Leadership | None = None
 
@@ -118,6 +119,12 @@ class Election:
         if self._scope is not None:
             self._scope.cancel()
 
+    def step_aside(self) -> None:
+        """Let go of the key, if this peer has it, and leave it to others for limits.ASIDE_S."""
+        self._aside_until = self._clock.now() + limits.ASIDE_S
+        if self._scope is not None:
+            self._scope.cancel()
+
     # ---------------------------------------------------------------- a voter
 
     async def run(self) -> None:
@@ -129,7 +136,11 @@ class Election:
                 seen = await self._look()
                 self._seen(seen.holder, seen.address)
                 evidence = self._evidence.get(seen.holder, "")
-                guard, action = elect.candidate(self._peer_id, seen, guard, evidence, self._clock.now())
+                if seen.holder not in ("", self._peer_id):
+                    self._aside_until = 0.0  # another has led since: if that one goes, this peer may again
+                guard, action = elect.candidate(
+                    self._peer_id, seen, guard, evidence, self._clock.now(), self._aside_until
+                )
                 await self._act(action)
             except StoreBroken:
                 raise

@@ -28,6 +28,7 @@ from peer.state.command import (
     Request,
     StreamItem,
     SubmitTask,
+    TransferLeadership,
 )
 from peer.state.enrol import Enrol, Renew, RevokeHost
 from peer.state.event import Event
@@ -212,7 +213,7 @@ def _is_repeatable(request: Request) -> bool:
     """Whether doing it twice is as doing it once."""
     if isinstance(request, SubmitTask):
         return request.idempotency_key != ""
-    return isinstance(request, Query | KeepTicket | Enrol | Renew | RevokeHost)
+    return isinstance(request, Query | KeepTicket | Enrol | Renew | RevokeHost | TransferLeadership)
 
 
 def _no_leader() -> Unavailable:

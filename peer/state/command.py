@@ -108,7 +108,6 @@ Command = (
     | RestartWorker
     | Rebalance
     | DrainHost
-    | TransferLeadership
     | CreateKey
     | RevokeKey
     | HostCommand
@@ -186,7 +185,7 @@ Query = (
     | GetAuthority
     | ListHosts
 )
-Request = Command | Query | Counted
+Request = Command | Query | Counted | TransferLeadership
 
 # ---------------------------------------------------------------- answers
 

@@ -301,7 +301,7 @@ BUGS: Final[Mapping[str, Bug]] = MappingProxyType(
             "a time-out counts as done", ((Leader, "_commit", _time_outs_taken_for_done),)
         ),
         "reads_in_flight": Bug(
-            "queries do not wait for the commit", ((Leader, "_settled", _reads_what_is_in_flight),)
+            "queries do not wait for the commit", ((Leader, "settled", _reads_what_is_in_flight),)
         ),
         "finished_keys_forgotten": Bug(
             "the idempotency keys of finished tasks are not looked up",
