@@ -38,9 +38,9 @@ PACKAGES = ("trio", "hypercorn", "quart", "quart-trio", "msgspec", "tinygrad", "
 SECONDS_MAX = 60.0
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__.split("\n")[0])
-    parser.add_argument("--only", action="append", choices=MEASURES, help="this measure; may be repeated")
+def arguments(package: str, measures: tuple[str, ...], purpose: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"python -m {package}", description=purpose)
+    parser.add_argument("--only", action="append", choices=measures, help="this measure; may be repeated")
     parser.add_argument("--seconds", type=float, default=3.0, help="length of each measured window")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
     parser.add_argument("--quick", action="store_true", help="one short round of everything")
@@ -75,7 +75,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def run(names: tuple[str, ...], options: Options) -> tuple[dict[str, Result], dict[str, str]]:
+def run(package: str, names: tuple[str, ...], options: Options) -> tuple[dict[str, Result], dict[str, str]]:
     """Every measure's result, and how the broken ones broke."""
     results: dict[str, Result] = {}
     broken: dict[str, str] = {}
@@ -83,7 +83,7 @@ def run(names: tuple[str, ...], options: Options) -> tuple[dict[str, Result], di
         began = time.perf_counter()
         print(f"{name} ...", file=sys.stderr, flush=True)
         try:
-            results[name] = importlib.import_module(f"tests.bench.{name}").measure(options)
+            results[name] = importlib.import_module(f"{package}.{name}").measure(options)
         except Missing as error:
             broken[name] = str(error)
         except Exception:  # one broken measure must not cost the others' numbers
@@ -111,8 +111,9 @@ def stop(number: int, _: FrameType | None) -> NoReturn:
     raise SystemExit(128 + number)
 
 
-def main() -> int:
-    given = arguments()
+def main(package: str, measures: tuple[str, ...], purpose: str) -> int:
+    """Run those of the package's modules that the command line asks for; the exit status."""
+    given = arguments(package, measures, purpose)
     adopt_orphans()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, stop)
@@ -121,7 +122,7 @@ def main() -> int:
         options = Options(min(1.0, given.seconds), rounds=1, quick=True)
     about = machine()
     try:
-        results, broken = run(tuple(given.only or MEASURES), options)
+        results, broken = run(package, tuple(given.only or measures), options)
     finally:
         end_all()
     rows = [row for result in results.values() for row in result.rows]
@@ -148,4 +149,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("tests.bench", MEASURES, __doc__.split("\n")[0]))

@@ -18,8 +18,8 @@ from tests.process.cluster import check, stores
 from tests.process.cluster.clients import Caller, Clients
 from tests.process.cluster.faults import Faults
 from tests.process.cluster.history import FINISHED, History
-from tests.process.cluster.hosts import Network, network
-from tests.process.cluster.member import ASK_S_MAX, LINK, POLL_S, Member
+from tests.process.cluster.hosts import DISK_BYTES, Network, network
+from tests.process.cluster.member import ASK_S_MAX, LINK, POLL_S, TOKENS_PER_S, Member
 from tests.process.peers import poll, submission
 
 NAME: Final = "chaos"
@@ -28,12 +28,12 @@ VOTERS: Final = 3
 
 
 class Cluster:
-    """Usage: `with cluster(folder, 3) as made`. Clients run from `up` on."""
+    """Usage: `with cluster(folder, 3) as made`. Clients run from `begin_traffic` on."""
 
-    def __init__(self, net: Network, size: int) -> None:
+    def __init__(self, net: Network, size: int, disk_bytes: int, tokens_per_s: float) -> None:
         self.net = net
         self.faults = Faults(net)
-        self.members = [Member(net.add()) for _ in range(size)]
+        self.members = [Member(net.add(disk_bytes), tokens_per_s) for _ in range(size)]
         self.history = History()
         self.key = ""
         self._clients: Clients | None = None
@@ -218,10 +218,12 @@ class Cluster:
 
 
 @contextmanager
-def cluster(folder: Path, size: int = 3) -> Iterator[Cluster]:
-    """A cluster that is up, for the body of the `with`; nothing is left of it after."""
+def cluster(
+    folder: Path, size: int = 3, *, disk_bytes: int = DISK_BYTES, tokens_per_s: float = TOKENS_PER_S
+) -> Iterator[Cluster]:
+    """A cluster that is up, for the body of the `with`; nothing is left of it after. `disk_bytes` as of hosts.Host."""
     with network(folder) as net:
-        made = Cluster(net, size)
+        made = Cluster(net, size, disk_bytes, tokens_per_s)
         try:
             made.up()
             yield made

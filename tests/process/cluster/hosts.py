@@ -178,7 +178,10 @@ def _network(process: psutil.Process) -> str:
 
 
 class Host(Namespace):
-    """One machine: an address, a small disk of its own at `data`, and logs that outlive it in `folder`."""
+    """One machine: an address, a small disk of its own at `disk`, and logs that outlive it in `folder`.
+
+    `disk_bytes` 0: its disk is a folder of the test's own, where an fsync takes as long as it does.
+    """
 
     def __init__(self, name: str, address: str, folder: Path, disk_bytes: int = DISK_BYTES) -> None:
         folder.mkdir(parents=True)
@@ -188,7 +191,9 @@ class Host(Namespace):
         self.disk.mkdir()
         super().__init__(name, mounts=True)
         try:
-            self.run(["mount", "-t", "tmpfs", "-o", f"size={disk_bytes},mode=0700", "disk", str(self.disk)])
+            if disk_bytes:
+                options = f"size={disk_bytes},mode=0700"
+                self.run(["mount", "-t", "tmpfs", "-o", options, "disk", str(self.disk)])
             self.run(["ip", "link", "set", "lo", "up"])
         except BaseException:
             self.close()

@@ -24,20 +24,21 @@ START_S_MAX: Final = 60.0
 ASK_S_MAX: Final = 3.0
 POLL_S: Final = 0.1
 TOKENS_PER_S: Final = 20.0  # so that a task of some words is seen while it runs
+SLOTS: Final = 24
 COMMAND_S_MAX: Final = 40.0
 
 
 class Member:
     """One host's peer, in one life after the other."""
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: Host, tokens_per_s: float = TOKENS_PER_S) -> None:
         self.host = host
         self.data = host.disk / "data"
         self.url = f"http://{host.address}:{API}"
         self.peer_id = host.name
         self.process: subprocess.Popen[bytes] | None = None
         self._config = host.folder / "bitinglip.yaml"
-        self._config.write_text(yaml.safe_dump(self._settings()))
+        self._config.write_text(yaml.safe_dump(self._settings(tokens_per_s)))
 
     def prepare(self) -> None:
         """Make its data folder, with a name that tells which host it is."""
@@ -45,7 +46,7 @@ class Member:
         folder.mkdir(mode=0o700)
         (folder / "identity.json").write_text(json.dumps({"peer_id": self.peer_id}))
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, tokens_per_s: float) -> dict[str, Any]:
         address = self.host.address
         return {
             "data_dir": str(self.data),
@@ -53,7 +54,7 @@ class Member:
             "link": {"bind": f"0.0.0.0:{LINK}", "advertise": f"{address}:{LINK}"},
             "gossip": {"bind": f"0.0.0.0:{GOSSIP}", "advertise": f"{address}:{GOSSIP}"},
             "store": {"bind": f"0.0.0.0:{STORE}", "advertise": f"{address}:{STORE}"},
-            "engine": {"devices": ["fake"], "slots": 24, "fake": {"tokens_per_s": TOKENS_PER_S}},
+            "engine": {"devices": ["fake"], "slots": SLOTS, "fake": {"tokens_per_s": tokens_per_s}},
             "retention": {"events": 1_000_000},
             "log": {"level": "info", "format": "json"},
         }

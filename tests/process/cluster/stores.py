@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,8 @@ ASK_S_MAX: Final = 5.0
 KEYS: Final = tuple(f"of-a-test/{number}" for number in range(8))  # the history of one key takes room, too
 PIECE_BYTES: Final = 1024 * 1024
 SWELL_S_MAX: Final = 30.0
+LEASED_KEY: Final = "of-a-test/leased"
+LEASE_S_MAX: Final = 60.0
 PAUSE_S: Final = 0.2
 
 _NONE: Final = [Delete(key) for key in KEYS]
@@ -77,6 +80,39 @@ def takes_write(member: Member, epoch: int) -> bool:
 
     with _address(member) as address:
         return trio.run(write, address)
+
+
+def leader(member: Member) -> str:
+    """The host whose member leads the store's own elections, as this host's member knows it; "" if it knows none."""
+
+    async def ask(address: str) -> str:
+        async with _opened(address) as store:
+            with trio.fail_after(ASK_S_MAX):
+                leading = (await store.client.status()).leader
+                named = {each.member_id: each.name for each in await store.client.members()}
+                return named.get(leading, "")
+
+    with _address(member) as address:
+        return trio.run(ask, address)
+
+
+def await_lease_end(member: Member, ttl_s: float, begun: Callable[[], None]) -> float:
+    """Hold a key by a lease that is kept alive just before `begun` is called and never after; the monotonic time at
+    which this host's member tells that the key has gone."""
+
+    async def wait(address: str) -> float:
+        async with _opened(address) as store:
+            lease = await store.grant(ttl_s)
+            put = await store.txn([], [Put(LEASED_KEY, b"", lease.lease_id)])
+            async with store.watch(LEASED_KEY, put.revision + 1) as batches:
+                await store.keepalive(lease.lease_id)
+                begun()
+                with trio.fail_after(LEASE_S_MAX):
+                    await anext(batches)
+                    return time.monotonic()
+
+    with _address(member) as address:
+        return trio.run(wait, address)
 
 
 def swell(member: Member, pieces: int) -> None:
