@@ -25,6 +25,7 @@ from tests.process.peers import poll, submission
 NAME: Final = "chaos"
 SETTLE_S_MAX: Final = 60.0
 VOTERS: Final = 3
+SHOWN_MAX: Final = 20  # broken promises
 
 
 class Cluster:
@@ -178,6 +179,7 @@ class Cluster:
         assert self._caller is not None
         answer = self._caller.call(self.members.index(member), "GET", f"/tasks/{task_id}")
         self.history.read("settling", key, answer)
+        assert not self.history.broken, "\n".join(self.history.broken[:SHOWN_MAX])
         return answer.status == 200 and answer.body["status"] in FINISHED
 
     def check(self) -> tuple[int, int]:

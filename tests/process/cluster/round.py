@@ -5,9 +5,13 @@ from __future__ import annotations
 import random
 import time
 from dataclasses import dataclass
+from typing import Final
 
 from tests.process.cluster.cluster import Cluster
 from tests.process.cluster.scenarios import Scenario
+from tests.process.peers import poll
+
+UNDER_WAY: Final = 3  # tasks, when a fault comes
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,7 @@ class Round:
 
 def perform(cluster: Cluster, scenario: Scenario, chance: random.Random) -> Round:
     """Do it, wait until the cluster is whole, check. Fails with what is wrong."""
+    poll("tasks are under way", lambda: len(cluster.history.waiting()) >= UNDER_WAY)
     before, led = cluster.epoch(), len(cluster.leaderships())
     began = time.monotonic()
     target = scenario.run(cluster, chance)

@@ -134,12 +134,17 @@ def swell(member: Member, pieces: int) -> None:
 
 
 def shrink(member: Member) -> None:
-    """What `swell` wrote goes again."""
+    """What `swell` wrote goes again; tried until the store answers."""
 
     async def write(address: str) -> None:
         async with _opened(address) as store:
-            with trio.fail_after(ASK_S_MAX):
-                await store.txn([], _NONE)
+            with trio.fail_after(SWELL_S_MAX):
+                while True:
+                    try:
+                        await store.txn([], _NONE)
+                        return
+                    except BitinglipError:
+                        await trio.sleep(PAUSE_S)
 
     with _address(member) as address:
         trio.run(write, address)
