@@ -6,7 +6,7 @@ import secrets
 
 import msgspec
 
-from api import format, schemas
+from api import format, schemas_hosts
 from api.decode import BodyDecoder
 from api.http import Call, Reply, Route
 from peer.state import enrol as records
@@ -14,7 +14,7 @@ from peer.state.command import DrainedHost, DrainHost
 from peer.state.enrol import CreateJoinToken, HostView, ListHosts, NewJoinToken, Revocation, RevokeHost
 
 _encode = msgspec.json.Encoder().encode
-_decode_create = BodyDecoder(schemas.CreateJoinToken)
+_decode_create = BodyDecoder(schemas_hosts.CreateJoinToken)
 
 
 async def create_token(call: Call) -> Reply:
@@ -29,7 +29,7 @@ async def create_token(call: Call) -> Reply:
             created_by=call.caller.owner,
         )
     )
-    answer = schemas.JoinToken(
+    answer = schemas_hosts.JoinToken(
         token=records.token_text(made.token.token_id, secret, made.ca_sha256),
         token_id=made.token.token_id,
         expires_at=format.timestamp(made.token.expires_at),
@@ -38,9 +38,9 @@ async def create_token(call: Call) -> Reply:
     return Reply(_encode(answer), 201)
 
 
-def view(found: HostView) -> schemas.Host:
+def view(found: HostView) -> schemas_hosts.Host:
     host, revocation = found.host, found.revocation
-    return schemas.Host(
+    return schemas_hosts.Host(
         peer_id=found.peer_id,
         status=found.status,
         voter=host.voter if host is not None else None,
@@ -56,14 +56,14 @@ def view(found: HostView) -> schemas.Host:
 
 async def list_hosts(call: Call) -> Reply:
     found: tuple[HostView, ...] = await call.api.cluster.call(ListHosts())
-    return Reply(_encode(schemas.HostList(hosts=[view(each) for each in found], total=len(found))))
+    return Reply(_encode(schemas_hosts.HostList(hosts=[view(each) for each in found], total=len(found))))
 
 
 async def revoke(call: Call) -> Reply:
     revoked: Revocation = await call.api.cluster.call(
         RevokeHost(name=call.args[0], revoked_by=call.caller.owner)
     )
-    answer = schemas.RevokedHost(peer_id=revoked.peer_id, revoked_at=format.timestamp(revoked.revoked_at))
+    answer = schemas_hosts.RevokedHost(peer_id=revoked.peer_id, revoked_at=format.timestamp(revoked.revoked_at))
     return Reply(_encode(answer))
 
 
@@ -79,7 +79,7 @@ async def _drain(call: Call, *, undo: bool) -> Reply:
     drained: DrainedHost = await call.api.cluster.call(
         DrainHost(name=call.args[0], undo=undo, by=call.caller.owner)
     )
-    return Reply(_encode(schemas.DrainedHost(peer_id=drained.peer_id, draining=drained.draining)))
+    return Reply(_encode(schemas_hosts.DrainedHost(peer_id=drained.peer_id, draining=drained.draining)))
 
 
 ROUTES = (
@@ -89,9 +89,9 @@ ROUTES = (
         create_token,
         "admin",
         "Make a one-time token that lets a host join",
-        schemas.JoinToken,
+        schemas_hosts.JoinToken,
         201,
-        body=schemas.CreateJoinToken,
+        body=schemas_hosts.CreateJoinToken,
         body_optional=True,
         errors=(409,),
         description="409 where there is no cluster to join.",
@@ -102,7 +102,7 @@ ROUTES = (
         list_hosts,
         "read",
         "All hosts of the cluster, and the revoked ones",
-        schemas.HostList,
+        schemas_hosts.HostList,
         description="A host that is alone is in no cluster: then there are none.",
     ),
     Route(
@@ -111,7 +111,7 @@ ROUTES = (
         revoke,
         "admin",
         "Put a host out of the cluster at once",
-        schemas.RevokedHost,
+        schemas_hosts.RevokedHost,
         errors=(404, 409),
         description="By its peer_id, or by its host name if only one host has it. 409 for the host that leads.",
     ),
@@ -121,7 +121,7 @@ ROUTES = (
         drain,
         "admin",
         "Empty a host: models and tasks move away, and none come",
-        schemas.DrainedHost,
+        schemas_hosts.DrainedHost,
         errors=(404, 409),
         description="Models are loaded elsewhere before they leave. `GET /cluster/hosts` shows what is left. "
         "409 where there is no other host.",
@@ -132,7 +132,7 @@ ROUTES = (
         undo_drain,
         "admin",
         "Take a host back into use",
-        schemas.DrainedHost,
+        schemas_hosts.DrainedHost,
         errors=(404,),
     ),
 )

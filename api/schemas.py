@@ -13,7 +13,6 @@ import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
 from peer import limits
-from peer.state.enrol import TOKEN_S_DEFAULT, TOKEN_S_MAX, TOKEN_S_MIN, HostStatus
 from peer.state.key import Scope
 from peer.state.plan import Strategy
 from peer.state.task import TextGeneration
@@ -73,13 +72,6 @@ class CreateKey(Body):
     expires_at: Annotated[datetime, Meta(tz=True)] | None = None
     requests_per_hour: RequestLimit | UnsetType | None = UNSET
     requests_per_minute: RequestLimit | UnsetType | None = UNSET
-
-
-class CreateJoinToken(Body):
-    """`ttl_s`: for how long it may be used. `voter`: whether the host that joins with it may lead."""
-
-    ttl_s: Annotated[float, Meta(ge=TOKEN_S_MIN, le=TOKEN_S_MAX)] = TOKEN_S_DEFAULT
-    voter: bool = True
 
 
 # ---------------------------------------------------------------- what clients get
@@ -461,44 +453,3 @@ class NewKey(Key):
 class KeyList(Answer):
     keys: list[Key]
     total: int
-
-
-class JoinToken(Answer):
-    """`token` is what `bitinglip join` needs, shown this once."""
-
-    token: str
-    token_id: str
-    expires_at: str
-    voter: bool
-
-
-class Host(Answer):
-    """Of a revoked host only its name and `revoked_at` are known."""
-
-    peer_id: str
-    status: HostStatus
-    voter: bool | None
-    addresses: tuple[str, ...]
-    enrolled_at: str | None
-    certificate_expires_at: str | None
-    revoked_at: str | None
-    draining: bool
-    models: int
-    tasks: int
-
-
-class DrainedHost(Answer):
-    """`draining`: from now on no model is loaded there, and what is there moves away."""
-
-    peer_id: str
-    draining: bool
-
-
-class HostList(Answer):
-    hosts: list[Host]
-    total: int
-
-
-class RevokedHost(Answer):
-    peer_id: str
-    revoked_at: str

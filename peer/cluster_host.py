@@ -22,6 +22,7 @@ from peer.adapters.serf_rpc import SerfRpc
 from peer.adapters.tls_network import TlsNetwork
 from peer.cluster_peer import ClusterPeer, Identity
 from peer.config import Config
+from peer.decide.voters import Bounds
 from peer.errors import ConfigError, Conflict, StoreBroken
 from peer.executor import Executor
 from peer.ports import Clock, Entropy, ReportSink
@@ -66,7 +67,10 @@ async def open_cluster_host(
     """
     files = ClusterFiles(data_dir)
     belonging = _belonging(files, data_dir)
-    addresses = _Addresses(config, files.credentials().addresses)
+    addresses = Addresses(config, files.credentials().addresses)
+    voting = voting_of(config, data_dir, files, belonging, addresses)
+    if isinstance(voting, EtcdVoting) and (voting.address or voting.seat):
+        await voting.check()
     async with trio.open_nursery() as children:
         rpc = await _gossip_agent(config, data_dir, files, belonging, addresses, children)
 
@@ -84,6 +88,7 @@ async def open_cluster_host(
                 api=addresses.api,
                 policy=policy,
                 catalogue=catalogue,
+                voters=Bounds(wanted=config.cluster.voters_wanted, dead_s=config.cluster.voter_dead_s),
             ),
             lambda sink, streams: executor(sink, streams, _read_epoch(epoch_file), _keep(epoch_file)),
             store=None,
@@ -91,7 +96,7 @@ async def open_cluster_host(
             network=network,
             clock=clock,
             entropy=entropy,
-            voting=_voting(config, data_dir, files, belonging, addresses),
+            voting=voting,
             authority=files,
         )
         children.start_soon(renewal.keep_renewed, files, network.renew, ask, clock, entropy)
@@ -113,7 +118,7 @@ def _belonging(files: ClusterFiles, data_dir: Path) -> Belonging:
     return belonging
 
 
-class _Addresses:
+class Addresses:
     """Where others reach this host: as configured, else at the first address of its certificate."""
 
     def __init__(self, config: Config, certified: tuple[str, ...]) -> None:
@@ -141,7 +146,7 @@ async def _gossip_agent(
     data_dir: Path,
     files: ClusterFiles,
     belonging: Belonging,
-    addresses: _Addresses,
+    addresses: Addresses,
     children: trio.Nursery,
 ) -> SerfRpc:
     """Its RPC, once it answers: of our own child, or of one that others run."""
@@ -181,8 +186,8 @@ def _seeds(configured: tuple[str, ...], known: tuple[str, ...], mine: str) -> tu
     return tuple(dict.fromkeys(seed for seed in (*configured, *known) if seed != mine))
 
 
-def _voting(
-    config: Config, data_dir: Path, files: ClusterFiles, belonging: Belonging, addresses: _Addresses
+def voting_of(
+    config: Config, data_dir: Path, files: ClusterFiles, belonging: Belonging, addresses: Addresses
 ) -> EtcdVoting | ExternalVoting:
     """This host's part in the store. The first host of a cluster begins it, once."""
     if config.store.member:

@@ -23,6 +23,7 @@ import trio
 from api.app import ApiApp, create_app
 from api.serve import serve
 from peer import credentials, identity, limits, logs
+from peer.adapters import migration
 from peer.adapters.catalogue import read_catalogue
 from peer.adapters.clock import SystemClock, SystemEntropy
 from peer.adapters.cluster_files import ClusterFiles
@@ -37,7 +38,7 @@ from peer.cluster_host import open_cluster_host
 from peer.config import RELOADABLE, Config
 from peer.decide.admit import nearest
 from peer.engines import Device
-from peer.errors import BitinglipError, ConfigError, Unavailable
+from peer.errors import BitinglipError, ConfigError, Conflict, Unavailable
 from peer.executor import Executor
 from peer.ports import Cluster, ReportSink
 from peer.single_peer import SinglePeer
@@ -207,6 +208,9 @@ class _Node:
     # ---------------------------------------------------------------- building
 
     def _open_peer(self, telemetries: Telemetries) -> AbstractAsyncContextManager[Peer]:
+        unsettled = migration.unsettled(self._data_dir)
+        if unsettled:
+            raise Conflict(unsettled, code="store_unsettled")
         executor = partial(self._executor, telemetries)
         if not self._in_a_cluster:
             return self._open_single(executor)

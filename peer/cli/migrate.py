@@ -159,9 +159,9 @@ def _make_voting(config: Config, directory: Path) -> MakeVoting:
         files = ClusterFiles(directory)
         belonging = files.belonging()
         assert belonging is not None
-        addresses = cluster_host._Addresses(config, files.credentials().addresses)
+        addresses = cluster_host.Addresses(config, files.credentials().addresses)
         begun = msgspec.structs.replace(belonging, founder=False)  # whether it is, is settled here
-        voting = cluster_host._voting(config, folder.parent, files, begun, addresses)
+        voting = cluster_host.voting_of(config, folder.parent, files, begun, addresses)
         if not isinstance(voting, EtcdVoting):
             raise Conflict("store.member is set: the store is run by others, and their tools copy it")
         if not voting.address:

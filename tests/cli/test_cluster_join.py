@@ -147,6 +147,9 @@ def test_hosts_are_listed(run: Run, stub: Stub) -> None:
         "enrolled_at": "2026-01-01T00:00:00Z",
         "certificate_expires_at": "2026-01-31T00:00:00Z",
         "revoked_at": None,
+        "draining": False,
+        "models": 1,
+        "tasks": 2,
     }
     revoked = {
         "peer_id": "gpu-2-ab12cd",
@@ -156,6 +159,9 @@ def test_hosts_are_listed(run: Run, stub: Stub) -> None:
         "enrolled_at": None,
         "certificate_expires_at": None,
         "revoked_at": "2026-01-02T00:00:00Z",
+        "draining": False,
+        "models": 0,
+        "tasks": 0,
     }
     stub.replies["GET /cluster/hosts"] = (200, {"hosts": [known, revoked], "total": 2})
     lines = run("host", "list").out.splitlines()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from peer.cli import COMMANDS
+from peer.cli import COMMANDS, HIDDEN
 from tests.cli.conftest import Run
 from tests.cli.stub import Stub, error
 
@@ -349,7 +349,7 @@ def test_unknown_events_are_named(run: Run, stub: Stub) -> None:
 
 def test_help_names_every_command(run: Run) -> None:
     shown = run("--help").out
-    for name in set(COMMANDS) - {"demo"}:
+    for name in set(COMMANDS) - HIDDEN:
         assert f"  {name}" in shown
         assert run(name, "--help").code == 0
     assert run("--version").out.startswith("bitinglip 0.")
