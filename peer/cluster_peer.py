@@ -349,9 +349,11 @@ class ClusterPeer:
             share()
             await self._serve(leader, journal, leadership.epoch, snapshot, followers)
         finally:
-            followers.farewell("it leads no more")
-            self._followers = None
-            self._announce(epoch=0)
+            try:
+                await followers.farewell("it leads no more")
+            finally:
+                self._followers = None
+                self._announce(epoch=0)
 
     async def _serve(
         self, leader: Leader, journal: Journal, epoch: int, snapshot: Snapshot, followers: Followers

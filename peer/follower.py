@@ -62,8 +62,8 @@ class _Forwarded:
 
 
 class Follower:
-    """`suspect(peer_id, why)` hears of a peer that cannot be reached, `trust(peer_id)` of one that answers, `revoke` of all
-    that are revoked."""
+    """`suspect(peer_id, why)` hears of a peer that cannot be reached, `trust(peer_id)` of one that answers, `revoke` of
+    all that are revoked."""
 
     def __init__(
         self,
@@ -96,6 +96,7 @@ class Follower:
         self._hint = ""  # whom to ask next
         self._hinted = ("", "")  # who was hinted at last, and its address
         self._unreached = ""
+        self._settled = False  # the leader had answered all that it ever will when it said farewell
         self.leader = ""  # of the session; "" while there is none
         self.epoch = 0
         self.keys: Mapping[str, ApiKey] = MappingProxyType({})
@@ -114,15 +115,15 @@ class Follower:
         await self._session.put(wire.Reported(report=report))
 
     async def call(self, request: Request) -> Any:
-        """The leader's answer. Raises its error; Unavailable `no_leader` if nothing was sent, `ambiguous` if the
-        session ended before the answer came."""
+        """The leader's answer. Raises its error; Unavailable `no_leader` if this was certainly not carried out,
+        `ambiguous` if the session ended before the answer came."""
         forwarded = _Forwarded()
         call_id = self._open(forwarded)
         try:
             self._post(wire.Call(call_id=call_id, request=request))
             answer = await forwarded.receive.receive()
         except trio.EndOfChannel:
-            raise _cut_off() from None
+            raise (no_session() if self._settled else _cut_off()) from None
         finally:
             self._close(call_id)
         assert isinstance(answer, wire.Answer)
@@ -279,6 +280,7 @@ class Follower:
 
     def _begin(self, session: Session, welcome: wire.Welcome) -> None:
         self._session, self.leader, self.epoch = session, welcome.peer_id, welcome.epoch
+        self._settled = False
         log.info("following", leader=welcome.peer_id, epoch=welcome.epoch, wire=welcome.wire)
         self._executor.report_all()
         self._change()
@@ -313,6 +315,7 @@ class Follower:
             case wire.Unvote() if self._voting is not None:
                 self._voting.leave(frame.reason)
             case wire.Bye():
+                self._settled = frame.settled
                 session.end(f"{session.peer_id} said: {frame.reason}")
             case _:
                 pass  # of a newer version, or nothing for a follower

@@ -35,6 +35,7 @@ class Followers:
         self._local = local
         self._evidence = evidence
         self._sessions: dict[str, Session] = {}
+        self._served: dict[str, _Served] = {}  # by the same peers
         self.linked: dict[str, LinkedPeer] = {}
         """The peers with a session, with the members of the store that they run."""
 
@@ -74,10 +75,13 @@ class Followers:
             _post(session, frame)
             self.linked[peer_id] = replace(self.linked[peer_id], seat=member_id)
 
-    def farewell(self, reason: str) -> None:
-        """This peer leads no more: followers look for another leader at once."""
-        for session in list(self._sessions.values()):
-            _post(session, wire.Bye(reason=reason))
+    async def farewell(self, reason: str) -> None:
+        """This peer leads no more: what it was asked is answered, and followers look for another leader at once."""
+        with trio.move_on_after(limits.FAREWELL_S_MAX, shield=True):
+            for served in list(self._served.values()):
+                await served.answered()
+        for peer_id, session in list(self._sessions.items()):
+            _post(session, wire.Bye(reason=reason, settled=not self._served[peer_id].calls))
 
     @property
     def peer_ids(self) -> tuple[str, ...]:
@@ -95,7 +99,7 @@ class Followers:
         async with session.serve() as frames, _serving(session, leader, journal) as served:
             session.post(wire.Welcome(peer_id=self._peer_id, epoch=self._epoch, wire=version))
             session.post(shared_of(leader))
-            self._sessions[session.peer_id] = session
+            self._sessions[session.peer_id], self._served[session.peer_id] = session, served
             self.linked[session.peer_id] = LinkedPeer(
                 peer_id=session.peer_id, address=hello.store, seat=hello.seat
             )
@@ -112,6 +116,7 @@ class Followers:
             finally:
                 if self._sessions.get(session.peer_id) is session:
                     del self._sessions[session.peer_id], self.linked[session.peer_id]
+                    del self._served[session.peer_id]
                     self._evidence(session.peer_id, False)
                 log.info("follower_gone", peer_id=session.peer_id)
 
@@ -150,7 +155,14 @@ class _Served:
         self._leader = leader
         self._journal = journal
         self._nursery = nursery
-        self._calls: dict[int, trio.CancelScope] = {}
+        self.calls: dict[int, trio.CancelScope] = {}  # not yet answered
+        self._none_left = trio.Event()
+
+    async def answered(self) -> None:
+        """Until nothing is left that is not answered."""
+        while self.calls:
+            self._none_left = trio.Event()
+            await self._none_left.wait()
 
     async def frame(self, frame: wire.Frame) -> None:
         match frame:
@@ -161,7 +173,7 @@ class _Served:
             case wire.Subscribe():
                 self._begin(frame.call_id, partial(self._subscribe, frame))
             case wire.GiveUp():
-                scope = self._calls.get(frame.call_id)
+                scope = self.calls.get(frame.call_id)
                 if scope is not None:
                     scope.cancel()
             case wire.Superseded():
@@ -172,16 +184,16 @@ class _Served:
                 pass  # of a newer version, or nothing for a leader
 
     def _begin(self, call_id: int, serve: Callable[[], Awaitable[wire.Answer]]) -> None:
-        if len(self._calls) >= limits.ASKED_MAX:
+        if len(self.calls) >= limits.ASKED_MAX:
             refusal = Overloaded("this peer has too many requests open", retry_after_s=1.0)
             _post(self._session, wire.Answer(call_id=call_id, failure=wire.failure_of(refusal)))
             return
-        self._calls[call_id] = trio.CancelScope()
+        self.calls[call_id] = trio.CancelScope()
         self._nursery.start_soon(self._run, call_id, serve)
 
     async def _run(self, call_id: int, serve: Callable[[], Awaitable[wire.Answer]]) -> None:
         try:
-            with self._calls[call_id]:
+            with self.calls[call_id]:
                 try:
                     answer = await serve()
                 except BitinglipError as error:
@@ -190,7 +202,9 @@ class _Served:
         except Unavailable as error:
             self._session.end(error.message)
         finally:
-            del self._calls[call_id]
+            del self.calls[call_id]
+            if not self.calls:
+                self._none_left.set()
 
     async def _call(self, call: wire.Call) -> wire.Answer:
         _check_own(call.request, self._session.peer_id)

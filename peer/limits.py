@@ -41,9 +41,8 @@ GUARD_S: Final = 1.5  # a leader whose beat has not moved for so long, seen twic
 LEASE_SURE_S: Final = 4.0  # an acknowledged keepalive begun no longer ago vouches, too; less than LEASE_TTL_S
 READ_FRESH_S: Final = 1.0  # an acknowledged beat begun no longer ago vouches for reads; less than GUARD_S
 STEP_DOWN_S: Final = 3.0  # without an acknowledged beat; less than LEASE_TTL_S
-ASIDE_S: Final = (
-    5.0  # a peer that has handed the leadership over leaves it to the others so long; less than HOLD_S_MAX
-)
+ASIDE_S: Final = 5.0  # so long a peer that has handed the leadership over leaves it to others; < HOLD_S_MAX
+FAREWELL_S_MAX: Final = 0.2  # a leader that is none any more answers what it was asked
 STORE_CALL_S_MAX: Final = 2.0  # one call of a store over the network
 COMMIT_S_MAX: Final = 10.0  # a commit is tried again so long while it is not sent or its outcome unknown
 COMMIT_PAUSE_S: Final = (0.05, 0.25)  # between two tries

@@ -63,9 +63,13 @@ class Ping(Record, frozen=True, tag="ping"):
 
 
 class Bye(Record, frozen=True, tag="bye"):
-    """This side ends the connection on purpose; a leader that says so does not lead any more."""
+    """This side ends the connection on purpose; a leader that says so does not lead any more.
+
+    `settled`: every call was answered before; one that was not is not carried out.
+    """
 
     reason: str
+    settled: bool = False
 
 
 class Call(Record, frozen=True, tag="call"):

@@ -12,12 +12,24 @@ from peer.decide.elect import (
     Seen,
     Wait,
     candidate,
+    heirs,
     holder_of,
     key_value,
     must_step_down,
     vouched,
 )
-from peer.limits import BEAT_S, GUARD_S, LEASE_SURE_S, LEASE_TTL_S, READ_FRESH_S, STEP_DOWN_S
+from peer.limits import (
+    ASIDE_S,
+    BEAT_S,
+    GUARD_S,
+    HOLD_S_MAX,
+    LEASE_SURE_S,
+    LEASE_TTL_S,
+    READ_FRESH_S,
+    STEP_DOWN_S,
+)
+from peer.state.member import Member
+from peer.state.voter import LinkedPeer, VoterView
 
 
 def seen(epoch: int = 7, holder: str = "h2", beat: int = 40, ended: float = 100.0) -> Seen:
@@ -103,3 +115,40 @@ def test_a_lease_that_may_have_ended_vouches_for_nothing_however_fresh_the_beat(
 def test_a_leader_steps_down_before_its_lease_ends() -> None:
     assert not must_step_down(10.0, 10.0 + STEP_DOWN_S - 0.01)
     assert must_step_down(10.0, 10.0 + STEP_DOWN_S)
+
+
+def test_who_has_handed_over_leaves_a_free_key_to_others_for_a_while() -> None:
+    free = seen(epoch=0, holder="")
+    assert isinstance(candidate("h1", free, None, "", 100.0, 100.0 + ASIDE_S)[1], Wait)
+    assert isinstance(candidate("h1", free, None, "", 105.0, 105.0)[1], Campaign)
+    # its own key that could not be given back is taken away all the same, and a dead leader is one
+    assert isinstance(candidate("h1", seen(holder="h1"), None, "", 100.0, 105.0)[1], Depose)
+    old = Guard(7, 40, 100.0 - GUARD_S)
+    assert isinstance(candidate("h1", seen(), old, "gone", 100.0, 105.0)[1], Depose)
+
+
+def test_standing_aside_ends_while_requests_are_held() -> None:
+    assert 2 * BEAT_S < ASIDE_S < HOLD_S_MAX
+
+
+def test_heirs_are_other_voters_with_a_session_whose_store_answers() -> None:
+    voters = (
+        VoterView(peer_id="h1", learner=False, linked=True),
+        VoterView(peer_id="h2", learner=False, linked=True),
+        VoterView(peer_id="h3", learner=True, linked=True),
+        VoterView(peer_id="h4", learner=False, linked=False),
+        VoterView(peer_id="h5", learner=False, linked=True),
+    )
+    linked = {name: LinkedPeer(peer_id=name) for name in ("h2", "h3", "h6")}
+    linked["h5"] = LinkedPeer(peer_id="h5", problem="etcd does not answer")
+    assert heirs("h1", voters, (), linked) == ("h2",)
+    assert heirs("h1", voters[:1], (), linked) == ()
+
+
+def test_where_others_run_the_store_gossip_says_who_votes() -> None:
+    members = [
+        Member(peer_id=name, address="", status="alive", tags={"voter": voter} if voter else {})
+        for name, voter in (("h1", "1"), ("h2", "1"), ("h3", "0"), ("h4", ""), ("h5", "1"))
+    ]
+    linked = {name: LinkedPeer(peer_id=name) for name in ("h2", "h3", "h4")}
+    assert heirs("h1", (), members, linked) == ("h2",)
