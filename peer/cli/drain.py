@@ -38,7 +38,7 @@ def drain(client: Client, host: str, undo: bool, wait: bool, timeout_s: str, as_
     except ValueError as error:
         raise CliError(f"--timeout: {error}", Exit.USAGE) from None
     path = f"/cluster/hosts/{path_part(host)}/drain"
-    answer = client.request("DELETE", path) if undo else client.post(path, {})
+    answer = client.request("DELETE" if undo else "POST", path)
     peer_id = answer.data["peer_id"]
     if undo or not wait:
         if as_json:

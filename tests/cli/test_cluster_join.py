@@ -151,6 +151,7 @@ def test_hosts_are_listed(run: Run, stub: Stub) -> None:
         "models": 1,
         "tasks": 2,
     }
+    emptied = {**known, "peer_id": "gpu-3-ab12cd", "draining": True, "voter": False}
     revoked = {
         "peer_id": "gpu-2-ab12cd",
         "status": "revoked",
@@ -163,14 +164,17 @@ def test_hosts_are_listed(run: Run, stub: Stub) -> None:
         "models": 0,
         "tasks": 0,
     }
-    stub.replies["GET /cluster/hosts"] = (200, {"hosts": [known, revoked], "total": 2})
+    stub.replies["GET /cluster/hosts"] = (200, {"hosts": [known, revoked, emptied], "total": 3})
     lines = run("host", "list").out.splitlines()
-    assert lines[0].split() == ["HOST", "STATUS", "MAY", "LEAD", "ADDRESSES", "EXPIRES", "OR", "REVOKED"]
-    assert lines[1].split() == [
-        "gpu-1-ab12cd", "online", "yes", "10.0.0.1,", "gpu-1", "2026-01-31T00:00:00Z",
+    assert lines[0].split() == [
+        "HOST", "STATUS", "MAY", "LEAD", "MODELS/TASKS", "ADDRESSES", "EXPIRES", "OR", "REVOKED",
     ]  # fmt: skip
-    assert lines[2].split() == ["gpu-2-ab12cd", "revoked", "-", "-", "2026-01-02T00:00:00Z"]
-    assert run("host", "list", "--json").json["total"] == 2
+    assert lines[1].split() == [
+        "gpu-1-ab12cd", "online", "yes", "1/2", "10.0.0.1,", "gpu-1", "2026-01-31T00:00:00Z",
+    ]  # fmt: skip
+    assert lines[2].split() == ["gpu-2-ab12cd", "revoked", "-", "0/0", "-", "2026-01-02T00:00:00Z"]
+    assert lines[3].split()[:4] == ["gpu-3-ab12cd", "draining", "no", "1/2"]
+    assert run("host", "list", "--json").json["total"] == 3
     stub.replies["GET /cluster/hosts"] = (200, {"hosts": [], "total": 0})
     assert run("host", "list").out == "this host is in no cluster\n"
 
