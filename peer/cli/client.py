@@ -126,6 +126,7 @@ class Client:
             base_url=target.url,
             headers={"Authorization": f"Bearer {target.key}", "User-Agent": f"bitinglip/{VERSION}"},
             timeout=httpx.Timeout(TIMEOUT_S, connect=5.0),
+            verify=httpx.create_ssl_context(),  # SSL_CERT_FILE counts also where no proxy does
             trust_env=not local(target.url),  # a proxy has no business between a host and itself
         )
 

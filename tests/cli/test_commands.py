@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from peer.cli import COMMANDS, HIDDEN
+from peer.cli.exits import Exit
+from tests.adapters.pki import Pki
 from tests.cli.conftest import Run
-from tests.cli.stub import Stub, error
+from tests.cli.stub import Stub, error, serve
 
 TASK: dict[str, Any] = {
     "task_id": "task-1",
@@ -231,6 +233,23 @@ def test_nobody_answers(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     data.mkdir()
     (data / "peer.json").write_text(json.dumps({"url": "http://127.0.0.1:9", "pid": 2**22 + 1}))
     assert "has ended" in run("status").err
+
+
+def test_an_authority_of_ones_own_is_trusted_also_on_the_peers_host(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pki = Pki(tmp_path)
+    pki.host("p1")
+    monkeypatch.setenv("BITINGLIP_KEY", "blk_id_secret")
+    with serve(next(tmp_path.glob("p1-*.pem"))) as stub:
+        stub.replies["GET /cluster/status"] = (200, STATUS)
+        monkeypatch.setenv("BITINGLIP_URL", stub.url)
+        refused = run("status")
+        assert refused.code == Exit.UNREACHABLE
+        assert "SSL_CERT_FILE" in refused.err
+        (tmp_path / "ca.crt").write_text(pki.ca_pem)
+        monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "ca.crt"))
+        assert run("status").code == 0
 
 
 def test_no_key(run: Run) -> None:
