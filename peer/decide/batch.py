@@ -2,7 +2,7 @@
 
 A store takes transactions up to some size. A batch beyond that is committed as several, in order: after each of them
 the store is as it would be after fewer decisions. Only a decision that is too large by itself, about many tasks at
-once, is split, between two of its records.
+once, is split, and never between a task and what belongs to it: its input, its idempotency record, its result.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from peer.decide import meter
 from peer.decide.decision import Decision
 from peer.state.event import Event
 from peer.state.order import Order
-from peer.state.snapshot import Save, Snapshot, StoreWrites
-from peer.state.task import TERMINAL, Status, Task, TaskResult
+from peer.state.snapshot import Drop, Save, Snapshot, StoreWrites
+from peer.state.task import TERMINAL, Idempotency, Status, Task, TaskInput, TaskResult
 
 TRANSACTION_WRITES_MAX: Final = 4_096  # about half of what etcd's members are started with
 TRANSACTION_BYTES_MAX: Final = (
     2 * 1024 * 1024
-)  # of keys and values, quickly written; a single record may have more
+)  # of keys and values, quickly written; a single task may have more
 
 
 class Batch:
@@ -39,8 +39,15 @@ class Batch:
 
     def take(self, decision: Decision) -> None:
         made: list[StoreWrites] = []
+        of_a_task = False
         for change in decision.changes:
-            made.append(self._snapshot.apply(change))
+            writes = self._snapshot.apply(change)
+            record = change.record if isinstance(change, Save | Drop) else None
+            if of_a_task and isinstance(record, TaskInput | TaskResult | Idempotency):
+                made[-1].update(writes)  # they follow their task, and nobody is to find one without the other
+            else:
+                of_a_task = isinstance(record, Task)
+                made.append(writes)
             if isinstance(change, Save):
                 self._note(change.record)
         for draft in decision.events:

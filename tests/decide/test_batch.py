@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 
 from peer.adapters.etcd_store import OPERATIONS_MAX, REQUEST_BYTES_MAX
-from peer.decide import recover
+from peer.decide import admit, recover
 from peer.decide.batch import TRANSACTION_BYTES_MAX, TRANSACTION_WRITES_MAX, Batch
 from peer.decide.decision import Decision
+from peer.decide.record import report
 from peer.limits import FRAME_BYTES_MAX
+from peer.state.command import SubmitTask
 from peer.state.snapshot import Save
 from peer.state.task import TaskInput
-from tests.decide.build import POLICY, T0, World, snapshot
+from tests.decide.build import POLICY, T0, World, finished, replica, snapshot
 
 
 def record(number: int, nbytes: int = 10) -> Save:
@@ -65,6 +67,47 @@ def test_a_record_that_is_larger_than_a_transaction_goes_alone() -> None:
     batch.take(Decision(changes=[record(1, TRANSACTION_BYTES_MAX)]))
     batch.take(Decision(changes=[record(2)]))
     assert [len(writes) for writes in batch.transactions] == [1, 1, 1]
+
+
+def test_a_task_is_never_apart_from_what_belongs_to_it() -> None:
+    """A leader that died between the two would leave a task without its prompt, which no later one could load, or one
+    that is completed and has no result."""
+    prompts = [{"prompt": letter * (TRANSACTION_BYTES_MAX + 1)} for letter in "ab"]
+    world = World(snapshot())
+    batch = Batch(world.s, T0)
+    for number, parameters in enumerate(prompts):
+        batch.take(
+            admit.submit(
+                world.s,
+                T0,
+                SubmitTask(
+                    task_type="text_generation",
+                    model_name="echo",
+                    parameters=parameters,
+                    priority=5,
+                    timeout_s=300.0,
+                    owner="o",
+                    key_id="k",
+                    idempotency_key=f"key-{number}",
+                    body_digest="d",
+                ),
+                f"task-{number}",
+                10,
+            )
+        )
+    for number, writes in enumerate(batch.transactions):
+        kinds = sorted(key.partition("/")[0] for key in writes)
+        assert kinds == ["by", "idempotency", "input", "task"]
+        assert f"task/task-{number}" in writes
+
+    world = World()
+    world.worker("w1", replica("echo"))
+    task = world.running()
+    outcome = finished(task, world.now, generated_text="x" * (TRANSACTION_BYTES_MAX + 1))
+    batch = Batch(world.s, world.now)
+    batch.take(report(world.s, world.now, outcome))
+    (whole,) = [writes for writes in batch.transactions if f"task/{task.task_id}" in writes]
+    assert f"result/{task.task_id}" in whole
 
 
 def test_a_long_queue_that_is_over_at_once_is_several_transactions() -> None:
