@@ -11,7 +11,7 @@ import trio
 from quart_trio import QuartTrio
 
 from api import cluster as cluster_routes
-from api import events_ws, health, hosts, keys, models, openapi, stream, tasks, workers
+from api import events_ws, health, hosts, keys, models, openapi, operations, stream, tasks, workers
 from api.auth import Authenticator
 from api.http import HttpConnection, Router, rate_limited
 from peer.config import Config
@@ -30,6 +30,7 @@ ROUTES = (
     *models.ROUTES,
     *keys.ROUTES,
     *hosts.ROUTES,
+    *operations.ROUTES,
     *events_ws.ROUTES,
     *openapi.ROUTES,
 )

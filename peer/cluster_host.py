@@ -12,7 +12,7 @@ import trio
 
 from peer import identity
 from peer.adapters import renewal
-from peer.adapters.cluster_files import Belonging, ClusterFiles
+from peer.adapters.cluster_files import SERF_FOLDER, Belonging, ClusterFiles
 from peer.adapters.enrolment import EnrolmentServer
 from peer.adapters.etcd_member import Certificates
 from peer.adapters.etcd_voting import EtcdVoting, ExternalVoting
@@ -37,7 +37,6 @@ log = structlog.get_logger("node")
 AGENT_S_MAX: Final = 20.0  # until the gossip agent answers
 EPOCH_FILE: Final = "epoch"
 ETCD_FOLDER: Final = "etcd"
-SERF_FOLDER: Final = "serf"
 
 
 class MakeExecutor(Protocol):

@@ -21,6 +21,7 @@ from peer.establish import load_snapshot
 from peer.executor import Executor
 from peer.follower import Follower
 from peer.followers import Followers, shared_of
+from peer.gossip_keys import GossipKeys
 from peer.journal import Journal
 from peer.leader import Leader
 from peer.link import wire
@@ -125,7 +126,13 @@ class ClusterPeer:
         self._began_leading = trio.Event()
         self._relay = TokenRelay(identity.peer_id, self._streams, network, self.membership)
         self.cluster = RoutedCluster(
-            self, self.follower, self.executor, self._relay, identity.catalogue, clock
+            self,
+            self.follower,
+            self.executor,
+            self._relay,
+            identity.catalogue,
+            clock,
+            GossipKeys(gossip, entropy),
         )
         if store is not None:
             self.begin_voting(store)

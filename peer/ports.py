@@ -17,7 +17,7 @@ from peer.state.command import Query, Request, StreamItem
 from peer.state.enrol import Enrolled, Grant, Host
 from peer.state.event import Event
 from peer.state.key import ApiKey
-from peer.state.member import Member
+from peer.state.member import KeyReport, KeyRotation, KeyStep, Member
 from peer.state.model import Model
 from peer.state.order import Order, Report
 from peer.state.quota import Client, Spend, Verdict
@@ -229,6 +229,12 @@ class Gossip(Protocol):
     async def set_tags(self, tags: Mapping[str, str]) -> None:
         """Replace this peer's tags, 512 bytes in all; others see them some seconds later. Raises Unavailable."""
 
+    async def keys(self) -> KeyReport:
+        """Which keys of gossip the members have. Raises Unavailable."""
+
+    async def change_key(self, step: KeyStep) -> KeyReport:
+        """Ask all members for this step. Members that are down do not hear of it. Raises Unavailable."""
+
 
 class Connection(Protocol):
     """An ordered, authenticated channel of frames to one peer: TCP and TLS, so nothing is lost but its end."""
@@ -350,6 +356,10 @@ class Cluster(Protocol):
         """The journal after event `since` (None: from now on). Raises Compacted on entry if that is no longer kept,
         and Overloaded from the iterator when the reader is too far behind. While it is open one WebSocket of `client`
         is counted, for the whole cluster: RateLimited on entry when it has too many."""
+
+    async def rotate_gossip_key(self, *, force: bool) -> KeyRotation:
+        """Have all members encrypt gossip with a new key. Interrupted anywhere it may be called again, here or on
+        another peer. `force`: also if some are away, who will then not find back. Raises Conflict, Unavailable."""
 
     def ready(self) -> str:
         """ "" if requests are served, else why not."""

@@ -17,6 +17,7 @@ from peer.decide.quota import RateLimiter
 from peer.errors import BitinglipError, Unavailable
 from peer.executor import Executor
 from peer.follower import Follower, is_leaderless, is_unsent, no_session
+from peer.gossip_keys import GossipKeys
 from peer.journal import Journal
 from peer.leader import Leader
 from peer.ports import Clock
@@ -30,9 +31,10 @@ from peer.state.command import (
     SubmitTask,
     TransferLeadership,
 )
-from peer.state.enrol import Enrol, Renew, RevokeHost
+from peer.state.enrol import Enrol, ListHosts, Renew, RevokeHost
 from peer.state.event import Event
 from peer.state.key import ApiKey
+from peer.state.member import KeyRotation
 from peer.state.model import Model
 from peer.state.quota import Client, KeepTicket, Spend, Verdict
 from peer.task_stream import task_stream
@@ -58,6 +60,7 @@ class RoutedCluster:
         relay: TokenRelay,
         catalogue: Mapping[str, Model],
         clock: Clock,
+        gossip_keys: GossipKeys,
     ) -> None:
         self._leading = leading
         self._follower = follower
@@ -65,6 +68,7 @@ class RoutedCluster:
         self._relay = relay
         self._catalogue = catalogue  # this peer's own, until a leader has told it of the cluster's
         self._clock = clock
+        self._gossip_keys = gossip_keys
         self._remembered = Remembered()
         self.windows = RateLimiter()  # of what came to this peer, and of all while it leads
         self.not_ready = ""
@@ -122,6 +126,9 @@ class RoutedCluster:
         answer = await (leader.call(request) if leader is not None else self._follower.call(request))
         self._remembered.keep(request, answer, self._clock.now())
         return answer
+
+    async def rotate_gossip_key(self, *, force: bool) -> KeyRotation:
+        return await self._gossip_keys.rotate(await self.call(ListHosts()), force=force)
 
     async def spend(self, ask: Spend) -> Verdict | None:
         """Counted by the leader. Where none answers soon, this peer's own count of what came to it decides: so limits

@@ -6,12 +6,14 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
+from peer.errors import Conflict
 from peer.executor import Executor
 from peer.journal import Journal
 from peer.leader import Leader
 from peer.state.command import GetTask, Query, Request, StreamItem, TaskView
 from peer.state.event import Event
 from peer.state.key import ApiKey
+from peer.state.member import KeyRotation
 from peer.state.model import Model
 from peer.state.quota import Client, Spend, Verdict
 from peer.state.task import TERMINAL
@@ -36,6 +38,9 @@ class LocalCluster:
 
     async def read(self, query: Query) -> tuple[Any, float | None]:
         return await self._leader.call(query), None
+
+    async def rotate_gossip_key(self, *, force: bool) -> KeyRotation:
+        raise Conflict("this host is in no cluster: it gossips with nobody", code="no_cluster")
 
     async def spend(self, ask: Spend) -> Verdict | None:
         verdict: Verdict | None = await self._leader.call(ask)

@@ -4,7 +4,7 @@ cluster.json   the cluster's name, this host's, and where others were; written l
 host.pem       this host's private key and certificate, in one file, so that they never come apart
 ca.pem         the cluster's CA, the only one that is trusted
 authority.pem  the CA with its private key; on voters
-gossip.key     what gossip is encrypted with
+gossip.key     what gossip was encrypted with when this host joined; its agent's keyring.json says what is now
 pending.pem    a private key whose certificate has not come yet: who asks again asks for the same
 """
 
@@ -25,6 +25,8 @@ from peer.state.base import Record
 from peer.state.enrol import CERTIFICATE_S, CLOCK_SKEW_S, Enrolled, Grant, Host
 
 FOLDER: Final = "cluster"
+SERF_FOLDER: Final = "serf"
+KEYRING_FILE: Final = "keyring.json"  # the gossip agent's own: the keys that it knows, that in use first
 GOSSIP_KEY_BYTES: Final = 32
 SERIAL_BYTES: Final = 16
 
@@ -47,6 +49,7 @@ class ClusterFiles:
 
     def __init__(self, data_dir: Path) -> None:
         self.folder = data_dir / FOLDER
+        self._keyring = data_dir / SERF_FOLDER / KEYRING_FILE
 
     def belonging(self) -> Belonging | None:
         """None: this host is in no cluster."""
@@ -128,8 +131,14 @@ class ClusterFiles:
         return self._read("ca.pem")
 
     def gossip_key(self) -> str:
-        """Base64."""
-        return self._read("gossip.key").strip()
+        """The one in use, base64: as it was when this host joined, or as it was rotated since."""
+        try:
+            keys = msgspec.json.decode(self._keyring.read_bytes(), type=list[str])
+        except FileNotFoundError:
+            keys = []
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{self._keyring} is damaged: {error}") from None
+        return keys[0] if keys else self._read("gossip.key").strip()
 
     def authority(self) -> Authority | None:
         """The CA with its private key, on voters that have got it."""

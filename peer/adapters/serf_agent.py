@@ -24,6 +24,7 @@ import trio
 
 from peer import limits
 from peer.adapters.child import Child, Log
+from peer.adapters.cluster_files import KEYRING_FILE
 from peer.adapters.serf_rpc import SerfRpc
 from peer.errors import Conflict, Unavailable
 
@@ -103,7 +104,7 @@ class SerfAgent:
         config, folder = self._config, self._config.folder
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.chmod(0o700)
-        keyring = folder / "keyring.json"
+        keyring = folder / KEYRING_FILE
         if not keyring.exists():
             _write_private(keyring, [config.key])
         settings: dict[str, Any] = {

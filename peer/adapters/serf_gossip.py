@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, cast
 
 from peer.adapters.serf_rpc import Refused, SerfRpc, mended
 from peer.errors import Unavailable
-from peer.state.member import Member
+from peer.state.member import KeyReport, KeyStep, Member
 
 TAGS_WAIT_S: Final = (
     0.3  # the agent refuses tags at once; that it has told the others takes it more than a second
@@ -39,6 +39,17 @@ class SerfGossip:
             if "exceeds limit" in error.message:
                 raise ValueError(f"tags {dict(tags)}: {error.message}") from error
             raise Unavailable(f"the gossip agent: {error.message}", retry_after_s=1.0) from error
+
+    async def keys(self) -> KeyReport:
+        return await self._rpc.list_keys()
+
+    async def change_key(self, step: KeyStep) -> KeyReport:
+        change = {
+            "install": self._rpc.install_key,
+            "use": self._rpc.use_key,
+            "remove": self._rpc.remove_key,
+        }[step.action]
+        return await change(step.key)
 
 
 def _members(found: list[dict[str, Any]]) -> Iterator[Member]:

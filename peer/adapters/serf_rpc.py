@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import msgpack
-import msgspec
 import trio
 
 from peer.errors import Unavailable
+from peer.state.member import KeyReport
 
 CALL_S_MAX: Final = 2.0
 JOIN_S_MAX: Final = 15.0
@@ -38,23 +38,6 @@ class Refused(Exception):
         super().__init__(message)
         self.message = message
         self.body = body
-
-
-class KeyReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What became of a question about keys to all members. `done`: every member has answered, and none refused."""
-
-    nodes: int
-    answered: int
-    failed: int
-    messages: Mapping[str, str]
-    """By member: why it failed."""
-    keys: Mapping[str, int]
-    """Of `list_keys`: how many members have each."""
-    error: str = ""
-
-    @property
-    def done(self) -> bool:
-        return not self.error and not self.failed and self.answered == self.nodes > 0
 
 
 class SerfRpc:

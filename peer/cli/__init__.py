@@ -33,6 +33,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "token": ("peer.cli.cluster_join", "Make a one-time token that lets a host join."),
     "join": ("peer.cli.cluster_join", "Join a cluster."),
     "host": ("peer.cli.cluster_join", "List hosts, and put one out."),
+    "leadership": ("peer.cli.operations", "Hand the leadership over."),
+    "gossip-key": ("peer.cli.operations", "Give gossip a new key."),
     "config": ("peer.cli.check", "Check a configuration file."),
     "migrate": ("peer.cli.migrate", "Take a single node's store into a cluster's, or back."),
     "takeover": ("peer.cli.migrate", "Go on alone when the cluster's voters are lost."),

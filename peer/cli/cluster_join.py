@@ -219,6 +219,7 @@ def revoke(client: Client, name: str, as_json: bool) -> None:
         emit(answer)
     else:
         print(f"{shown(answer.data['peer_id'])} is revoked")
+        say("it still knows the key of gossip: once it is down, run `bitinglip gossip-key rotate`")
 
 
 def parse_ttl(text: str) -> float:

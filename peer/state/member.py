@@ -1,4 +1,4 @@
-"""A member of the cluster as gossip shows it, and what its tags say."""
+"""A member of the cluster as gossip shows it, what its tags say, and what gossip is encrypted with."""
 
 from __future__ import annotations
 
@@ -16,3 +16,35 @@ class Member(Record, frozen=True):
     status: Literal["alive", "leaving", "left", "failed"]
     tags: Mapping[str, str] = {}
     port: int = 7946  # of gossip
+
+
+class KeyReport(Record, frozen=True, kw_only=True):
+    """What became of a question about keys to all members. `done`: every member has answered, and none refused.
+
+    Keys are base64 of 32 bytes.
+    """
+
+    nodes: int  # that are up, as far as the one that asked knows
+    answered: int
+    failed: int
+    messages: Mapping[str, str] = {}  # by member: why it failed
+    keys: Mapping[str, int] = {}  # how many members have each, where that was asked
+    error: str = ""
+
+    @property
+    def done(self) -> bool:
+        return not self.error and not self.failed and self.answered == self.nodes > 0
+
+
+class KeyStep(Record, frozen=True):
+    """What all members are to do with a key: install before use, and never remove the one in use."""
+
+    action: Literal["install", "use", "remove"]
+    key: str
+
+
+class KeyRotation(Record, frozen=True):
+    """Gossip has a new key: these many members use it, and so many older ones are void."""
+
+    members: int
+    removed: int

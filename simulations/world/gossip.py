@@ -21,7 +21,7 @@ import trio
 
 from peer.errors import Unavailable
 from peer.limits import TAGS_BYTES_MAX
-from peer.state.member import Member
+from peer.state.member import KeyReport, KeyStep, Member
 from simulations.errors import SimulatorError
 from simulations.world.kernel import Incarnation, World
 from simulations.world.network import SimNetwork
@@ -107,6 +107,14 @@ class SimGossipPort:
         if size > TAGS_BYTES_MAX:
             self._gossip.world.violated("port_contract", f"tags of {size} bytes: {dict(tags)}")
         self._gossip.tagged(self._agent, dict(tags))
+
+    async def keys(self) -> KeyReport:
+        """Simulated gossip is not encrypted."""
+        await trio.lowlevel.checkpoint()
+        raise Unavailable("simulated gossip has no keys")
+
+    async def change_key(self, step: KeyStep) -> KeyReport:
+        return await self.keys()
 
     def _check(self) -> None:
         if not self._agent.incarnation.alive or not self._agent.up:

@@ -14,6 +14,7 @@ from peer.errors import BitinglipError, Compacted, Conflict, NotFound, Overloade
 from peer.state import command, enrol
 from peer.state.event import Event
 from peer.state.key import ApiKey
+from peer.state.member import KeyRotation
 from peer.state.metric import Gauge, Metrics
 from peer.state.model import Assignment, Model
 from peer.state.plan import Move, Plan
@@ -61,6 +62,7 @@ class FakeCluster:
         self.failure: BaseException | None = None
         self.requests: list[command.Request] = []
         self.cancelled = 0
+        self.rotations: list[bool] = []  # of gossip's key: whether forced
         self.tokens: dict[str, list[command.StreamItem]] = {}
         self.counted: tuple[int, int] | None = None
         self.record = True
@@ -155,6 +157,15 @@ class FakeCluster:
 
     async def read(self, query: command.Query) -> tuple[Any, float | None]:
         return await self.call(query), self.stale_s
+
+    async def rotate_gossip_key(self, *, force: bool) -> KeyRotation:
+        if self.failure is not None:
+            raise self.failure
+        self.rotations.append(force)
+        return KeyRotation(members=2, removed=1)
+
+    async def _TransferLeadership(self, request: command.TransferLeadership) -> command.Led:
+        return command.Led(peer_id="peer-2", epoch=request.epoch + 1)
 
     async def spend(self, ask: Spend) -> Verdict | None:
         return self.quota.windows.check(ask.key_id, self.clock.now(), ask.per_hour, ask.per_minute)
