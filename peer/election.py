@@ -144,7 +144,7 @@ class Election:
                 await self._act(action)
             except StoreBroken:
                 raise
-            except (StoreError, Unavailable) as error:
+            except BitinglipError as error:  # whatever the store answers, it is asked again
                 log.debug("store_not_answering", why=error.message)
                 await self._pause(_RETRY_S)
 
@@ -189,7 +189,7 @@ class Election:
                     [Compare(LEADER_KEY, "create_revision", 0)],
                     [Put(LEADER_KEY, name, lease.lease_id)],
                 )
-            except StoreError as error:
+            except (StoreError, NotFound) as error:  # NotFound: this peer slept until its lease was over
                 log.info("campaign_unclear", why=error.message)
             key = (await self._store.get([LEADER_KEY])).get(LEADER_KEY)
             if key is not None and key.value == name and not self._resigning:
