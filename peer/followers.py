@@ -12,7 +12,7 @@ import trio
 from msgspec.structs import replace
 
 from peer import limits
-from peer.errors import BitinglipError, Overloaded, Unauthorized, Unavailable
+from peer.errors import BitinglipError, Overloaded, TooLarge, Unauthorized, Unavailable
 from peer.journal import Journal
 from peer.leader import Leader
 from peer.link import wire
@@ -97,8 +97,8 @@ class Followers:
         if before is not None:
             before.end("a newer session took its place")
         async with session.serve() as frames, _serving(session, leader, journal) as served:
-            session.post(wire.Welcome(peer_id=self._peer_id, epoch=self._epoch, wire=version))
-            session.post(shared_of(leader))
+            _post(session, wire.Welcome(peer_id=self._peer_id, epoch=self._epoch, wire=version))
+            _post(session, shared_of(leader))
             self._sessions[session.peer_id], self._served[session.peer_id] = session, served
             self.linked[session.peer_id] = LinkedPeer(
                 peer_id=session.peer_id, address=hello.store, seat=hello.seat
@@ -198,7 +198,13 @@ class _Served:
                     answer = await serve()
                 except BitinglipError as error:
                     answer = wire.Answer(call_id=call_id, failure=wire.failure_of(error))
-                await self._session.put(answer)
+                try:
+                    await self._session.put(answer)
+                except Unavailable as error:
+                    if error.code != "too_large":
+                        raise
+                    refusal = TooLarge("the answer is too large for one frame: ask for less at once")
+                    await self._session.put(wire.Answer(call_id=call_id, failure=wire.failure_of(refusal)))
         except Unavailable as error:
             self._session.end(error.message)
         finally:
