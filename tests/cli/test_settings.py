@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from peer import settings
+from peer.adapters.catalogue import read_catalogue
 from peer.config import BOUNDS, PATHS, Config
 from peer.errors import ConfigError
 
@@ -236,6 +237,18 @@ def test_the_commented_configuration_names_every_key(write: Any) -> None:
 
 def test_the_development_configuration_is_right() -> None:
     assert settings.load(file=EXAMPLES / "development.yaml", environ={}).engine.devices == ("CPU",)
+
+
+@pytest.mark.parametrize(
+    ("name", "voters", "seeds"),
+    [("one-host", 0, 0), ("two-hosts", 0, 2), ("three-hosts", 0, 3), ("fifty-hosts", 5, 5)],
+)
+def test_the_examples_for_clusters_are_right(name: str, voters: int, seeds: int) -> None:
+    found = settings.load(file=EXAMPLES / f"{name}.yaml", environ={})
+    assert (len(found.cluster.voters), found.cluster.voters_wanted) == (voters, voters)
+    assert len(found.gossip.seeds) == seeds
+    assert found.api.tls is not None
+    assert set(found.models.preload) <= set(read_catalogue(""))
 
 
 def test_every_number_has_bounds_and_its_default_is_within() -> None:
