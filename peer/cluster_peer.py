@@ -444,7 +444,7 @@ class ClusterPeer:
         address = self.membership.address(leader)
         if leader == self._holder:
             address = self._holder_address or address
-        known = leader if leader != caller else ""
+        known = leader if leader not in (caller, self._identity.peer_id) else ""
         await _refuse(connection, "this peer does not lead", known, (known and address) or "")
 
 

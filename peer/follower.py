@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import suppress
+from enum import Enum
 from types import MappingProxyType
 from typing import Any, Final, Protocol
 
@@ -15,7 +16,7 @@ from peer import limits
 from peer.errors import BitinglipError, Fenced, Overloaded, Unavailable
 from peer.link import wire
 from peer.link.session import Session, receive
-from peer.ports import Connection, Entropy, Network, Voting
+from peer.ports import TURNED_AWAY, Connection, Entropy, Network, Voting
 from peer.state.command import Request
 from peer.state.enrol import Revocation
 from peer.state.event import Event
@@ -29,6 +30,16 @@ log = structlog.get_logger("follower")
 _REDIAL_S: Final = (0.05, 0.15)  # between two tries, drawn
 _STORE_LOOK_S: Final = 1.0
 _IDLE_S: Final = (0.2, 0.4)  # after all were asked
+_HINTS_MAX: Final = 3  # followed one after another; then all are asked: hints may be old, or go in circles
+_DOUBLED_MAX: Final = 5  # how often that pause doubles while all turn this host away
+
+
+class _Outcome(Enum):
+    """Of asking one peer whether it leads."""
+
+    IN_VAIN = "in vain"
+    TURNED_AWAY = "turned away"
+    FOLLOWED = "followed"
 
 
 class TakesOrders(Protocol):
@@ -98,7 +109,7 @@ class Follower:
         self._unreached = ""
         self._settled = False  # the leader had answered all that it ever will when it said farewell
         self.leader = ""  # of the session; "" while there is none
-        self.epoch = 0
+        self.epoch = 0  # the newest that was followed
         self.keys: Mapping[str, ApiKey] = MappingProxyType({})
         self.catalogue: Mapping[str, Model] = MappingProxyType({})
 
@@ -200,14 +211,25 @@ class Follower:
 
     async def run(self, may_follow: Callable[[], bool]) -> None:
         """Until cancelled: keep a session with whoever leads, while `may_follow`."""
+        hints, turned_away = 0, 0
         while True:
+            asked, refusals = 0, 0
             for peer_id in self._order() if may_follow() else ():
-                await self._try(peer_id)
+                outcome = await self._try(peer_id)
+                asked, refusals = asked + 1, refusals + (outcome is _Outcome.TURNED_AWAY)
+                if outcome is _Outcome.FOLLOWED:
+                    hints = 0
                 await trio.sleep(self._entropy.uniform(*_REDIAL_S))
-                if self._hint or not may_follow():
+                if not may_follow():
+                    break
+                if self._hint and hints < _HINTS_MAX:
+                    hints += 1
                     break
             else:
-                await trio.sleep(self._entropy.uniform(*_IDLE_S))
+                hints = 0
+                turned_away = turned_away + 1 if refusals and refusals == asked else 0
+                pause_s = self._entropy.uniform(*_IDLE_S) * 2.0 ** min(turned_away, _DOUBLED_MAX)
+                await trio.sleep(pause_s)
 
     def hint(self, peer_id: str, address: str = "") -> None:
         """This one leads, somebody says, and is to be found there: ask it first."""
@@ -221,31 +243,39 @@ class Follower:
         hint, self._hint = self._hint, ""
         return [hint, *(each for each in known if each != hint)] if hint else known
 
-    async def _try(self, peer_id: str) -> None:
+    async def _try(self, peer_id: str) -> _Outcome:
         """Ask one peer whether it leads, and follow it to the end of the session if so."""
         address = self._directory.address(peer_id)
         if self._hinted[0] == peer_id:
             address = self._hinted[1] or address
         if address is None:
-            return
+            return _Outcome.IN_VAIN
         try:
             connection = await self._network.dial(peer_id, address)
         except Unavailable as error:
             self._is_gone(peer_id, error.message)
-            return
+            return _Outcome.TURNED_AWAY if error.code == TURNED_AWAY else _Outcome.IN_VAIN
         try:
             answer = await self._greet(connection)
         except Unavailable as error:
             await connection.aclose()
             self._is_gone(peer_id, error.message)
-            return
+            return _Outcome.IN_VAIN
         self._trust(peer_id)
-        if isinstance(answer, wire.Welcome):
+        if isinstance(answer, wire.Welcome) and not self._is_superseded(answer):
             await self._follow(Session(connection), answer)
-        else:
-            await connection.aclose()
-            if isinstance(answer, wire.Refused) and answer.leader:
-                self.hint(answer.leader, answer.address)
+            return _Outcome.FOLLOWED
+        await connection.aclose()
+        if isinstance(answer, wire.Refused) and answer.leader:
+            self.hint(answer.leader, answer.address)
+        return _Outcome.IN_VAIN
+
+    def _is_superseded(self, welcome: wire.Welcome) -> bool:
+        """Whether this peer has followed, or obeyed, a newer leader: that one does not know yet that it is none."""
+        newest = max(self._executor.epoch, self.epoch)
+        if welcome.epoch < newest:
+            log.warning("leader_superseded", peer_id=welcome.peer_id, epoch=welcome.epoch, newest=newest)
+        return welcome.epoch < newest
 
     def _is_gone(self, peer_id: str, why: str) -> None:
         self._unreached = peer_id
@@ -265,9 +295,6 @@ class Follower:
         return wire.decode(await receive(connection))
 
     async def _follow(self, session: Session, welcome: wire.Welcome) -> None:
-        if welcome.epoch < self._executor.epoch:
-            log.warning("leader_superseded", peer_id=welcome.peer_id, epoch=welcome.epoch)
-            session.end("a newer leader has been obeyed here")
         async with session.serve() as frames:
             self._begin(session, welcome)
             try:

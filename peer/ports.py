@@ -256,6 +256,7 @@ class Connection(Protocol):
 
 
 REFUSED = "connection_refused"  # the code of a dial's Unavailable: its host answered that nobody listens there
+TURNED_AWAY = "turned_away"  # likewise: the peer has answered that it does not take connections of this host
 
 
 class Network(Protocol):
@@ -263,7 +264,7 @@ class Network(Protocol):
 
     async def dial(self, peer_id: str, address: str) -> Connection:
         """A new connection to that peer. Raises Unavailable within limits.DIAL_S_MAX, with the code REFUSED where its
-        host says that nobody listens."""
+        host says that nobody listens, TURNED_AWAY where the peer itself says that it does not want this one."""
 
     async def listen(
         self,

@@ -20,7 +20,7 @@ from peer import limits
 from peer.adapters.certificates import ENROL_ALPN, LINK_ALPN, Credentials, Subject, subject_of
 from peer.adapters.tls_frames import FrameStream, Tls, tune
 from peer.errors import Unauthorized, Unavailable
-from peer.ports import REFUSED, Connection
+from peer.ports import REFUSED, TURNED_AWAY, Connection
 from peer.settings import split_bind
 
 log = structlog.get_logger("peer")
@@ -174,7 +174,7 @@ class TlsNetwork:
                 "have expired, or not hold by its clock"
             ) from None
         if refusal:
-            raise Unavailable(f"{frames.who} has refused the connection: {refusal}")
+            raise Unavailable(f"{frames.who} has refused the connection: {refusal}", code=TURNED_AWAY)
 
     # ---------------------------------------------------------------- listening
 
