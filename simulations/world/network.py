@@ -20,7 +20,7 @@ from trio import TASK_STATUS_IGNORED, TaskStatus
 
 from peer import limits
 from peer.errors import Unavailable
-from peer.ports import REFUSED, Connection
+from peer.ports import REFUSED, TURNED_AWAY, Connection
 from simulations.errors import SimulatorError
 from simulations.world.connections import RETRANSMIT_S, RETRANSMIT_S_MAX, Pipe, SimConnection
 from simulations.world.kernel import Incarnation, World
@@ -78,7 +78,7 @@ class SimPort:
             with trio.move_on_at(give_up_at):
                 await connection.accepted.wait()
             if connection.refused:
-                raise Unavailable(f"{peer_id} has refused the connection")
+                raise Unavailable(f"{peer_id} has refused the connection", code=TURNED_AWAY)
             if not connection.accepted.is_set():
                 self.world.count("net: a handshake is not answered")
                 raise Unavailable(f"{peer_id} does not answer at {address}")
