@@ -230,6 +230,21 @@ class RestartStarted(Answer):
     requeued_tasks: tuple[str, ...]
 
 
+class TokenLogprob(Answer, kw_only=True):
+    """A token's natural logarithm of its probability. `bytes` is there where `token` cannot show them all."""
+
+    id: int
+    token: str
+    logprob: float
+    bytes: list[int] | UnsetType = UNSET
+
+
+class TokenLogprobs(TokenLogprob, kw_only=True):
+    """Of a generated token. `top_logprobs` are the likeliest ones in its place, best first."""
+
+    top_logprobs: list[TokenLogprob]
+
+
 class TaskResult(Answer):
     generated_text: str
     tokens_generated: int
@@ -239,6 +254,7 @@ class TaskResult(Answer):
     finish_reason: str
     first_token_seconds: float
     stand_in: bool
+    logprobs: list[TokenLogprobs] | UnsetType = UNSET
 
 
 class TaskError(Answer):

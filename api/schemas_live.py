@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from api.schemas import Answer
+from msgspec import UNSET, UnsetType
+
+from api.schemas import Answer, TokenLogprobs
 
 
 class Ticket(Answer):
@@ -29,6 +31,7 @@ class TokenData(Answer):
     text: str
     count: int
     attempt: int
+    logprobs: list[TokenLogprobs] | UnsetType = UNSET
 
 
 class RestartData(Answer):

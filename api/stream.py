@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import trio
 
-from api import errors, schemas_live
+from api import errors, logprobs, schemas_live
 from api.http import Call, Reply, Route
 from api.tasks import detail
 from peer import limits
@@ -28,7 +28,13 @@ def message(item: StreamItem) -> bytes:
     """One server-sent event."""
     if isinstance(item, StreamToken):
         data = _encode(
-            schemas_live.TokenData(index=item.index, text=item.text, count=item.count, attempt=item.attempt)
+            schemas_live.TokenData(
+                index=item.index,
+                text=item.text,
+                count=item.count,
+                attempt=item.attempt,
+                logprobs=logprobs.shown(item.logprobs),
+            )
         )
         return b"event: token\ndata: " + data + b"\n\n"
     if isinstance(item, StreamRestart):

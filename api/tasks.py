@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from api import format, schemas, stale
+from api import format, logprobs, schemas, stale
 from api.decode import BodyDecoder
 from api.http import ID, Call, Param, Reply, Route, query_choice, query_float, query_int
 from api.models import priority_number
@@ -18,7 +18,15 @@ from peer import limits
 from peer.errors import BadRequest, Unavailable
 from peer.state import command
 from peer.state.model import Model
-from peer.state.task import SHOWN_STATUSES, TERMINAL, Task, TextGeneration, shown
+from peer.state.task import (
+    SHOWN_STATUSES,
+    TERMINAL,
+    JsonSchema,
+    Task,
+    TextGeneration,
+    schema_problem,
+    shown,
+)
 
 _encode = msgspec.json.Encoder().encode
 _decode_submit = BodyDecoder(schemas.SubmitTask)
@@ -52,6 +60,7 @@ def _result(view: command.TaskView) -> schemas.TaskResult | None:
         finish_reason=result.finish_reason,
         first_token_seconds=round(result.first_token_s, 6),
         stand_in=result.stand_in,
+        logprobs=logprobs.shown(result.logprobs),
     )
 
 
@@ -148,6 +157,11 @@ def _check_parameters(parameters: TextGeneration) -> None:
             "parameters: exactly one of prompt and messages is needed",
             details={"field": "parameters.prompt", "one_of": ["prompt", "messages"]},
         )
+    if isinstance(parameters.response_format, JsonSchema):
+        problem = schema_problem(parameters.response_format.schema)
+        if problem:
+            field = "parameters.response_format.schema"
+            raise BadRequest(f"{field}: {problem}", details={"field": field, "reason": problem})
 
 
 async def submit(call: Call) -> Reply:

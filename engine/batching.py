@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from engine.chat import prompt_tokens
 from engine.errors import RunError
+from engine.grammar import Grammars
 from engine.protocol import (
     Finished,
     FinishReason,
@@ -105,6 +106,7 @@ class Batcher:
     def __init__(self, model: StepModel, vocabulary: Vocabulary) -> None:
         self._model = model
         self._vocabulary = vocabulary
+        self._grammars = Grammars(vocabulary)
         self._waiting: deque[_Waiting] = deque()
         self._active: dict[str, _Active] = {}
         self._free_slots = list(range(model.slots))
@@ -123,9 +125,7 @@ class Batcher:
         try:
             self._waiting.append(self._accept(run))
         except RunError as error:
-            return [
-                RunFailed(run_id=run.run_id, code=error.code, message=str(error), retryable=error.retryable)
-            ]
+            return [_failed(run.run_id, error)]
         return []
 
     def _accept(self, run: Run) -> _Waiting:
@@ -139,7 +139,8 @@ class Batcher:
                 f"the prompt has {len(prompt)} tokens and the model's context here is {self._model.context}"
             )
             raise RunError("prompt_too_long", text)
-        sampler = Sampler(run.parameters, prompt, len(self._vocabulary.pieces))
+        grammar = self._grammars.begin(run.parameters.get("response_format"))
+        sampler = Sampler(run.parameters, prompt, len(self._vocabulary.pieces), grammar)
         return _Waiting(run, prompt, sampler)
 
     def cancel(self, run_id: str) -> list[Message]:
@@ -230,7 +231,11 @@ class Batcher:
         if not np.isfinite(logits.sum()):
             raise DeviceFault(f"the logits of run {run.run_id} are not finite")
         logits = logits[: len(self._vocabulary.pieces)]  # a matrix may be padded beyond its tokens
-        token = run.sampler.choose(logits)
+        try:
+            token = run.sampler.choose(logits)
+        except RunError as error:
+            self._leave(run)
+            return [_failed(run.run_id, error)]
         if run.generated == 0:
             run.first_token_s = time.monotonic() - run.started_s
         if token in self._vocabulary.ends:
@@ -242,6 +247,8 @@ class Batcher:
         messages: list[Message] = [Tokens(run_id=run.run_id, text=text, count=1, logprobs=logprobs)]
         if stopped:
             return messages + self._end(run, "stop")
+        if run.sampler.complete:
+            return messages + self._end(run, "stop", flush=True)
         full = len(run.prompt) + run.generated >= self._model.context
         if full or run.generated >= run.max_tokens:
             return messages + self._end(run, "length", flush=True)
@@ -255,13 +262,11 @@ class Batcher:
 
     def _logprob(self, token: int, value: float) -> TokenLogprob:
         piece = self._vocabulary.pieces[token]
-        return TokenLogprob(piece.decode("utf-8", "replace"), piece, value)
+        return TokenLogprob(piece.decode("utf-8", "replace"), piece, value, token)
 
     def _end(self, run: _Active, reason: FinishReason, flush: bool = False) -> list[Message]:
         """Free its slot. `flush` gives the text that was held back for a stop string or an open character."""
-        del self._active[run.run_id]
-        self._free_slots.append(run.slot)
-        self._free_slots.sort()
+        self._leave(run)
         messages: list[Message] = []
         if flush:
             text, stopped = run.stops.push(run.detokenizer.finish())
@@ -277,3 +282,12 @@ class Batcher:
             first_token_s=run.first_token_s,
         )
         return [*messages, finished]
+
+    def _leave(self, run: _Active) -> None:
+        del self._active[run.run_id]
+        self._free_slots.append(run.slot)
+        self._free_slots.sort()
+
+
+def _failed(run_id: str, error: RunError) -> RunFailed:
+    return RunFailed(run_id=run_id, code=error.code, message=str(error), retryable=error.retryable)

@@ -2,7 +2,8 @@
 
 Every model "loads" and behaves as `echo`: it gives back the prompt's words, one token a word. It says so
 (`Ready.stand_in`). It can misbehave on purpose, by a `Fault` message, by `Configure.fake["fault"]` and by a
-prompt that begins with "fault:<kind>":
+prompt that begins with "fault:<kind>". Of the parameters it knows the prompt, max_tokens and logprobs, which are 0:
+what it says is certain. The faults:
 
     hang            no heartbeat, no step, no answer for ever; still exits at end of stream
     die             os._exit(70)
@@ -41,6 +42,7 @@ from engine.protocol import (
     Loaded,
     LoadFailed,
     LoadProgress,
+    Logprobs,
     Message,
     Phase,
     ProtocolError,
@@ -50,6 +52,7 @@ from engine.protocol import (
     Shutdown,
     Started,
     TokenCount,
+    TokenLogprob,
     Tokens,
     Unload,
     Unloaded,
@@ -89,6 +92,7 @@ class FakeRun:
     truncated: bool
     rate: float
     started_s: float
+    logprobs: bool = False
     given: int = 0
     first_token_s: float = 0.0
 
@@ -114,6 +118,10 @@ def prompt_text(parameters: dict[str, Any]) -> str:
         return prompt
     messages = parameters.get("messages") or []
     return " ".join(str(message.get("content", "")) for message in messages)
+
+
+def _certain(word: str) -> Logprobs:
+    return Logprobs(TokenLogprob(word, word.encode(), 0.0))
 
 
 class FakeEngine:
@@ -359,7 +367,8 @@ class FakeEngine:
         if "slow" in (self._fault, self._run_fault(run)):
             rate = (rate or FASTEST_TOKENS_PER_S) / SLOWDOWN
         now = time.monotonic()
-        active = FakeRun(run.run_id, run.model, words[:most], len(words), len(words) > most, rate, now)
+        truncated, logprobs = len(words) > most, bool(run.parameters.get("logprobs"))
+        active = FakeRun(run.run_id, run.model, words[:most], len(words), truncated, rate, now, logprobs)
         self._send(Started(run_id=run.run_id, prompt_tokens=len(words)))
         model.active[run.run_id] = active
         self._active_total += 1
@@ -375,7 +384,8 @@ class FakeEngine:
                 text = " " + text
             else:
                 run.first_token_s = now - run.started_s
-            self._send(Tokens(run_id=run.run_id, text=text, count=due - run.given))
+            told = [_certain(word) for word in run.words[run.given : due]] if run.logprobs else []
+            self._send(Tokens(run_id=run.run_id, text=text, count=due - run.given, logprobs=told))
             run.given = due
             self._steps += 1
         if run.given == total:

@@ -163,6 +163,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     text: str
     piece: bytes
     logprob: float
+    token: int = -1  # its number; -1 from an engine that does not tell
 
 
 class Logprobs(msgspec.Struct, frozen=True):

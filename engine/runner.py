@@ -313,4 +313,6 @@ def serve(sock: socket.socket, configure: Configure, frames: Frames, waiting: li
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {package: version(package) for package in ("tinygrad", "llvmlite", "numpy", "tokenizers")}
+    return {
+        package: version(package) for package in ("tinygrad", "llvmlite", "numpy", "tokenizers", "llguidance")
+    }

@@ -1,9 +1,9 @@
 """From logits to a token, on the host; and stop strings.
 
 In this order: logit biases, repetition penalty (of tokens in prompt and text), frequency and presence penalties (of
-tokens in the text), temperature, top-k, top-p, min-p, and one draw from the run's own generator, so that a seed gives
-the same text whatever else runs beside it. At temperature 0 the best token is taken after the penalties. Log
-probabilities are the model's own: of the logits before all of this.
+tokens in the text), the grammar's mask, temperature, top-k, top-p, min-p, and one draw from the run's own generator, so
+that a seed gives the same text whatever else runs beside it. At temperature 0 the best token is taken after the mask.
+Log probabilities are the model's own: of the logits before all of this.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.errors import RunError
+from engine.grammar import Grammar, Tokens
 
 Logits = npt.NDArray[np.float32]
 BIASES_MAX = 1024
@@ -26,10 +27,17 @@ _GREEDY = 0.0
 class Sampler:
     """One run's way of choosing tokens. Raises RunError `bad_parameters` on values that make no sense.
 
-    `tokens` is the size of the vocabulary, 0 if it does not matter.
+    `tokens` is the size of the vocabulary, 0 if it does not matter. With a `grammar`, `complete` tells that the text
+    has come to its end.
     """
 
-    def __init__(self, parameters: Mapping[str, Any], prompt: Iterable[int] = (), tokens: int = 0) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, Any],
+        prompt: Iterable[int] = (),
+        tokens: int = 0,
+        grammar: Grammar | None = None,
+    ) -> None:
         self.temperature = _number(parameters, "temperature", 0.7, 0.0, 100.0)
         self.top_p = _number(parameters, "top_p", 1.0, 0.0, 1.0)
         self.top_k = int(_number(parameters, "top_k", 0, 0, 1 << 31))
@@ -42,30 +50,36 @@ class Sampler:
         self._seen = set(prompt) if self.penalty != 1.0 else set()
         self._counts: Counter[int] = Counter()
         self._random = np.random.default_rng(parameters.get("seed"))
+        self._grammar = grammar
+        self.complete = False
 
     def choose(self, logits: Logits) -> int:
-        """logits [V] -> token."""
+        """logits [V] -> token. Raises RunError when the grammar cannot go on."""
         logits = self._changed(logits)
+        allowed = self._grammar.allowed() if self._grammar is not None else None
         if self.temperature == _GREEDY:
-            token = int(logits.argmax())
+            token = _best(logits, allowed)
         else:
-            candidates, weights = self._distribution(logits)
+            candidates, weights = self._distribution(logits, allowed)
             at = int(np.searchsorted(np.cumsum(weights), self._random.random(), side="right"))
             token = int(candidates[min(at, len(weights) - 1)])
         if self.penalty != 1.0:
             self._seen.add(token)
         if self.presence or self.frequency:
             self._counts[token] += 1
+        if self._grammar is not None:
+            self.complete = self._grammar.push(token)
         return token
 
     def probabilities(self, logits: Logits) -> npt.NDArray[np.float64]:
         """What `choose` would draw from, [V]."""
         changed = self._changed(logits)
+        allowed = self._grammar.allowed() if self._grammar is not None else None
         out = np.zeros(len(logits))
         if self.temperature == _GREEDY:
-            out[int(changed.argmax())] = 1.0
+            out[_best(changed, allowed)] = 1.0
         else:
-            candidates, weights = self._distribution(changed)
+            candidates, weights = self._distribution(changed, allowed)
             out[candidates] = weights
         return out
 
@@ -85,12 +99,15 @@ class Sampler:
             logits[list(self._counts)] -= self.frequency * counts + self.presence
         return logits
 
-    def _distribution(self, logits: Logits) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-        """Tokens that may be drawn and their probabilities."""
-        candidates: npt.NDArray[np.int64] | None = None
-        if 0 < self.top_k < len(logits):
-            candidates = np.argpartition(logits, -self.top_k)[-self.top_k :].astype(np.int64)
+    def _distribution(
+        self, logits: Logits, candidates: Tokens | None
+    ) -> tuple[Tokens, npt.NDArray[np.float64]]:
+        """Tokens that may be drawn, of `candidates` if there are some, and their probabilities."""
+        if candidates is not None:
             logits = logits[candidates]
+        if 0 < self.top_k < len(logits):
+            top = np.argpartition(logits, -self.top_k)[-self.top_k :].astype(np.int64)
+            logits, candidates = logits[top], top if candidates is None else candidates[top]
         weights = np.exp((logits.astype(np.float64) - float(logits.max())) / self.temperature)
         weights /= weights.sum()
         if self.top_p < 1.0:
@@ -113,23 +130,30 @@ class Sampler:
         return float(values[token]), [(int(each), float(values[each])) for each in best]
 
 
+def _best(logits: Logits, allowed: Tokens | None) -> int:
+    return int(logits.argmax()) if allowed is None else int(allowed[logits[allowed].argmax()])
+
+
 def _only(
-    kept: npt.NDArray[np.int64], weights: npt.NDArray[np.float64], candidates: npt.NDArray[np.int64] | None
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
+    kept: Tokens, weights: npt.NDArray[np.float64], candidates: Tokens | None
+) -> tuple[npt.NDArray[np.float64], Tokens]:
     weights = weights[kept]
     kept = kept.astype(np.int64)
     return weights / weights.sum(), kept if candidates is None else candidates[kept]
 
 
 def _logprobs(parameters: Mapping[str, Any]) -> int | None:
-    """How many of the best tokens are told beside each one; None when no log probabilities are wanted."""
+    """How many of the best tokens are told beside each one; None when no log probabilities are wanted.
+
+    Who asks for `top_logprobs` wants `logprobs`.
+    """
     wanted = parameters.get("logprobs")
     if wanted is not None and not isinstance(wanted, bool):
         raise RunError("bad_parameters", "logprobs must be true or false")
     count = _number(parameters, "top_logprobs", 0, 0, TOP_LOGPROBS_MAX)
-    if count != int(count) or (count and not wanted):
-        raise RunError("bad_parameters", "top_logprobs must be a whole number, and needs logprobs")
-    return int(count) if wanted else None
+    if count != int(count):
+        raise RunError("bad_parameters", "top_logprobs must be a whole number")
+    return int(count) if wanted or count else None
 
 
 def _biases(parameters: Mapping[str, Any], tokens: int) -> dict[int, float]:

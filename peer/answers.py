@@ -23,7 +23,7 @@ from peer.state.task import Status, Task, TaskResult, stage
 from peer.streams import StreamHub
 
 _RECENT_MAX: Final = 1_000  # finished tasks kept in memory for those who wait for them
-_RECENT_CHARS_MAX: Final = 16_384  # of result text; longer ones are read from the store
+_RECENT_BYTES_MAX: Final = 16_384  # of a result; larger ones are read from the store
 
 
 class Voucher(Protocol):
@@ -79,7 +79,7 @@ class Answers:
 
     def ended(self, task: Task, result: TaskResult | None) -> None:
         """It is durable that this task is finished."""
-        if result is None or len(result.generated_text) <= _RECENT_CHARS_MAX:
+        if result is None or result.nbytes <= _RECENT_BYTES_MAX:
             self._recent[task.task_id] = asks.TaskView(task=task, result=result)
             if len(self._recent) > _RECENT_MAX:
                 self._recent.popitem(last=False)

@@ -25,6 +25,7 @@ from engine.protocol import (
     Tokens,
 )
 from peer import limits
+from peer.attempt import Attempt
 from peer.decide.alert import AlertState, Thresholds, judge, judge_engine
 from peer.engines import Device, EngineHandle, ModelFiles, TelemetrySource
 from peer.ports import Clock
@@ -45,21 +46,6 @@ HELD_MAX: Final = 2 * limits.ENGINE_OUTBOX_MAX  # runs and outcomes that nobody 
 OUTCOME_AGAIN_S: Final = 3.0  # an outcome that is not forgotten by then is reported again
 
 log = structlog.get_logger("executor")
-
-
-class Attempt:
-    """A run that the engine holds."""
-
-    __slots__ = ("attempt", "model_name", "pieces", "prompt_tokens", "stopping", "task_id", "tokens")
-
-    def __init__(self, order: RunAttempt) -> None:
-        self.task_id = order.task_id
-        self.attempt = order.attempt
-        self.model_name = order.model_name
-        self.pieces: list[str] = []
-        self.tokens = 0
-        self.prompt_tokens = 0
-        self.stopping = False
 
 
 Outcome = AttemptFinished | AttemptFailed
@@ -300,8 +286,10 @@ class HostedWorker:
         if attempt is None or attempt.stopping:
             return
         attempt.pieces.append(message.text)
+        logprobs = attempt.take_logprobs(message.logprobs) if message.logprobs else ()
         attempt.tokens += message.count
-        self._host.streams.publish(attempt.task_id, attempt.attempt, message.text, message.count)
+        streams = self._host.streams
+        streams.publish(attempt.task_id, attempt.attempt, message.text, message.count, logprobs)
 
     def _on_finished(self, message: Finished) -> None:
         attempt = self._attempts.pop(message.run_id, None)
@@ -329,6 +317,7 @@ class HostedWorker:
                 processing_s=message.processing_s,
                 first_token_s=message.first_token_s,
                 stand_in=self._info.stand_in,
+                logprobs=tuple(attempt.logprobs),
             ),
             0.0,
         )

@@ -64,7 +64,7 @@ def _size(item: _Pending | Report | Linked | Rumoured) -> int:
     """About how many bytes of it go into the transaction, beyond the few of every record."""
     if isinstance(item, _Pending):
         return item.size
-    return len(item.generated_text) if isinstance(item, AttemptFinished) else 0
+    return item.nbytes if isinstance(item, AttemptFinished) else 0
 
 
 _Item = _Pending | Report | Linked | Rumoured

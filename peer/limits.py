@@ -75,6 +75,7 @@ STREAM_IDLE_S_MAX: Final = 15.0  # a comment is sent after so long without a tok
 STREAMS_MAX: Final = 1_000
 ASKED_MAX: Final = CALLS_MAX + WEBSOCKETS_MAX + STREAMS_MAX  # what one peer asks of the leader at a time
 STREAM_KEPT_S: Final = 60.0  # text of a finished attempt stays for late readers
+LOGPROBS_BYTES_MAX: Final = 1024 * 1024  # about, of a result's log probabilities; those of later tokens are dropped
 
 # engine
 ENGINE_OUTBOX_MAX: Final = 4_096  # frames waiting for the engine to read

@@ -22,7 +22,7 @@ from peer.state.command import (
     TaskView,
 )
 
-_TEXT_CHARS_MAX: Final = 16_384  # of a result; a task with a longer one is not kept
+_RESULT_BYTES_MAX: Final = 16_384  # a task with a larger one is not kept
 
 # What any reader may see; keys, plans and hosts are for the few who can wait for a leader.
 _Kept = GetStatus | ListWorkers | GetWorker | ListModels | ListAssignments | GetMetrics | ListTasks | GetTask
@@ -39,7 +39,7 @@ class Remembered:
         if not isinstance(request, _Kept):
             return
         if isinstance(answer, TaskView):
-            if answer.result is not None and len(answer.result.generated_text) > _TEXT_CHARS_MAX:
+            if answer.result is not None and answer.result.nbytes > _RESULT_BYTES_MAX:
                 return
             answer = msgspec.structs.replace(answer, input=None)  # it is not shown, and may be large
         query = _asked(request)

@@ -15,6 +15,7 @@ from peer import limits
 from peer.errors import BitinglipError
 from peer.ports import Clock
 from peer.state.command import StreamEnd, StreamItem, StreamRestart, StreamToken, TaskView
+from peer.state.task import Logprobs
 
 _UNSAID = "the attempt before ended without a result"
 
@@ -28,6 +29,7 @@ class Stream:
         "_counts",
         "_ended",
         "_error",
+        "_logprobs",
         "_reason",
         "_texts",
         "_wake",
@@ -49,6 +51,7 @@ class Stream:
         self._reason = ""  # why the attempt before this one is void
         self._texts: list[str] = []
         self._counts: list[int] = []
+        self._logprobs: list[Logprobs] = []  # of the first tokens
         self._ended = False
         self._error: BitinglipError | None = None
         self._wake: trio.Event | None = None
@@ -59,7 +62,7 @@ class Stream:
 
     # ---------------------------------------------------------------- what is said
 
-    def publish(self, attempt: int, text: str, count: int) -> None:
+    def publish(self, attempt: int, text: str, count: int, logprobs: tuple[Logprobs, ...] = ()) -> None:
         """Append an attempt's text. A newer attempt voids what is there, an older one's text is dropped."""
         if self._ended or attempt < self.attempt:
             return
@@ -68,6 +71,7 @@ class Stream:
         self.live = True
         self._texts.append(text)
         self._counts.append(count)
+        self._logprobs += logprobs
         self.tokens += count
         self._notify()
 
@@ -77,11 +81,12 @@ class Stream:
             return True
         known = self.tokens if token.attempt == self.attempt else 0
         if token.index == known:
-            self.publish(token.attempt, token.text, token.count)
+            self.publish(token.attempt, token.text, token.count, token.logprobs)
         elif token.index or token.count < known:
             return False
         elif token.count > known:  # from the beginning, a second time
-            self.publish(token.attempt, token.text[len(self._text()) :], token.count - known)
+            text, logprobs = token.text[len(self._text()) :], token.logprobs[known:]
+            self.publish(token.attempt, text, token.count - known, logprobs)
         return True
 
     def restart(self, attempt: int, reason: str) -> None:
@@ -117,7 +122,8 @@ class Stream:
                 self._begin(result.attempt, "another text was recorded than was given")
             rest = result.generated_text[len(self._text()) :]
             if rest or not self._texts:
-                self.publish(result.attempt, rest, max(0, result.tokens_generated - self.tokens))
+                more = max(0, result.tokens_generated - self.tokens)
+                self.publish(result.attempt, rest, more, result.logprobs[self.tokens :])
         self.end()
 
     def break_off(self, error: BitinglipError) -> None:
@@ -130,7 +136,7 @@ class Stream:
         self._reason = reason
         self.attempt = attempt
         self.live = False
-        self._texts, self._counts, self.tokens = [], [], 0
+        self._texts, self._counts, self._logprobs, self.tokens = [], [], [], 0
 
     def _text(self) -> str:
         return "".join(self._texts)
@@ -176,7 +182,8 @@ class Stream:
 
     def _since(self, at: int, index: int) -> StreamToken:
         text, count = "".join(self._texts[at:]), sum(self._counts[at:])
-        return StreamToken(attempt=self.attempt, index=index, text=text, count=count)
+        logprobs = tuple(self._logprobs[index : index + count])
+        return StreamToken(attempt=self.attempt, index=index, text=text, count=count, logprobs=logprobs)
 
     async def _more(self) -> None:
         if self._wake is None:
@@ -199,12 +206,14 @@ class StreamHub:
     def __len__(self) -> int:
         return len(self._streams)
 
-    def publish(self, task_id: str, attempt: int, text: str, count: int) -> None:
+    def publish(
+        self, task_id: str, attempt: int, text: str, count: int, logprobs: tuple[Logprobs, ...] = ()
+    ) -> None:
         """Append an attempt's text. A newer attempt voids what is there, an older one's text is dropped."""
         stream = self._streams.get(task_id)
         if stream is None:
             stream = self._streams[task_id] = Stream()
-        stream.publish(attempt, text, count)
+        stream.publish(attempt, text, count, logprobs)
 
     def restart(self, task_id: str, attempt: int, reason: str) -> None:
         """`attempt` begins and voids what was before, if anything was published or is awaited."""

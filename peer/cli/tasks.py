@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -40,7 +41,19 @@ PRIORITIES = ("low", "normal", "high", "critical", *(str(number) for number in r
 @click.option("--temperature", type=float)
 @click.option("--top-p", type=float)
 @click.option("--top-k", type=int)
+@click.option("--min-p", type=float)
 @click.option("--repetition-penalty", type=float)
+@click.option("--presence-penalty", type=float)
+@click.option("--frequency-penalty", type=float)
+@click.option(
+    "--logit-bias", multiple=True, metavar="TOKEN=BIAS", help="Of a token's number. May be repeated."
+)
+@click.option("--logprobs", is_flag=True, help="Log probabilities of the tokens, seen with --json.")
+@click.option("--top-logprobs", type=click.IntRange(0, 20), help="And those of so many likeliest ones.")
+@click.option("--json-object", is_flag=True, help="The text is a JSON object.")
+@click.option(
+    "--json-schema", type=click.File("rb"), metavar="FILE", help="The text is JSON of the schema in FILE."
+)
 @click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. May be repeated.")
 @click.option("--seed", type=click.IntRange(min=0))
 @click.option("--priority", type=click.Choice(PRIORITIES), help="1 is the highest, 10 the lowest.")
@@ -55,6 +68,10 @@ def submit(
     stream: bool,
     wait: bool,
     stop: tuple[str, ...],
+    logit_bias: tuple[str, ...],
+    logprobs: bool,
+    json_object: bool,
+    json_schema: BinaryIO | None,
     priority: str | None,
     timeout: float | None,
     idempotency_key: str | None,
@@ -69,6 +86,12 @@ def submit(
     parameters.update({name: value for name, value in sampling.items() if value is not None})
     if stop:
         parameters["stop"] = list(stop)
+    if logit_bias:
+        parameters["logit_bias"] = dict(map(_bias, logit_bias))
+    if logprobs:
+        parameters["logprobs"] = True
+    if json_object or json_schema is not None:
+        parameters["response_format"] = _response_format(json_object, json_schema)
     if stream:
         parameters["stream"] = True
     body: dict[str, Any] = {"task_type": "text_generation", "model_name": model, "parameters": parameters}
@@ -94,6 +117,25 @@ def submit(
         say(f"{shown(answer.data['status'])}; see it with `bitinglip tasks {task_id}`")
         return Exit.OK
     return outcome(answer.data) if wait else Exit.OK
+
+
+def _bias(text: str) -> tuple[str, float]:
+    token, _, bias = text.partition("=")
+    try:
+        return token, float(bias)
+    except ValueError:
+        raise CliError(f"`{text}` is not a token's number and its bias, like 42=-1.5", Exit.USAGE) from None
+
+
+def _response_format(json_object: bool, json_schema: BinaryIO | None) -> dict[str, Any]:
+    if json_schema is None:
+        return {"type": "json_object"}
+    if json_object:
+        raise CliError("either --json-object or --json-schema", Exit.USAGE)
+    try:
+        return {"type": "json_schema", "schema": json.load(json_schema)}
+    except ValueError as error:
+        raise CliError(f"{json_schema.name} is no JSON: {error}", Exit.USAGE) from None
 
 
 @contextmanager

@@ -100,6 +100,7 @@ def _finished(snapshot: Snapshot, now: float, message: AttemptFinished) -> Decis
         processing_s=message.processing_s,
         first_token_s=message.first_token_s,
         stand_in=message.stand_in,
+        logprobs=message.logprobs,
     )
     took_s = run_s(done) or 0.0
     decision = Decision(changes=[Save(done), Save(result), Pace(task.model_name, took_s)])

@@ -14,7 +14,7 @@ from peer.state.key import ApiKey
 from peer.state.metric import WorkerMetrics
 from peer.state.model import Assignment, Model, Replica
 from peer.state.quota import Counted
-from peer.state.task import Task, TaskInput, TaskResult
+from peer.state.task import Logprobs, Task, TaskInput, TaskResult
 from peer.state.voter import VoterView
 from peer.state.worker import Worker, WorkerReport
 
@@ -311,6 +311,7 @@ class StreamToken(Record, frozen=True, tag="token"):
     index: int
     text: str
     count: int
+    logprobs: tuple[Logprobs, ...] = ()  # of the first of these tokens, as a TaskResult's
 
 
 class StreamRestart(Record, frozen=True, tag="restart"):

@@ -6,6 +6,7 @@ from typing import Any
 
 from peer.state.base import Record
 from peer.state.model import Model
+from peer.state.task import Logprobs, result_bytes
 from peer.state.worker import WorkerReport
 
 # ---------------------------------------------------------------- leader -> peer
@@ -84,6 +85,11 @@ class AttemptFinished(Record, frozen=True, tag="attempt_finished"):
     processing_s: float
     first_token_s: float
     stand_in: bool = False
+    logprobs: tuple[Logprobs, ...] = ()  # as a TaskResult's
+
+    @property
+    def nbytes(self) -> int:
+        return result_bytes(self.generated_text, self.logprobs)
 
 
 class AttemptFailed(Record, frozen=True, tag="attempt_failed"):

@@ -5,7 +5,7 @@ Times are wall seconds since 1970 (UTC) as the leader's clock gives them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from enum import Enum, StrEnum
 from types import MappingProxyType
 from typing import Annotated, Any, Final, Literal
@@ -143,8 +143,39 @@ class TaskInput(Record, frozen=True):
     parameters: dict[str, Any]
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """A token's natural logarithm of its probability. `piece` is its UTF-8, maybe of a part of a character."""
+
+    token: int
+    piece: bytes
+    logprob: float
+
+
+class Logprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Of one generated token; `best` are the likeliest ones in its place, best first."""
+
+    own: TokenLogprob
+    best: tuple[TokenLogprob, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes it is in the store."""
+        return sum(_LOGPROB_BYTES + len(each.piece) for each in (self.own, *self.best))
+
+
+_LOGPROB_BYTES: Final = 24  # of one in the store, without its piece
+
+
+def result_bytes(text: str, logprobs: tuple[Logprobs, ...]) -> int:
+    """About how many bytes a result is in the store, beyond the few of every record."""
+    return len(text) + sum(each.nbytes for each in logprobs)
+
+
 class TaskResult(Record, frozen=True):
-    """What the first finished attempt gave. Written once, with the transition to completed; never changed."""
+    """What the first finished attempt gave. Written once, with the transition to completed; never changed.
+
+    `logprobs` are those of the first tokens, as many as limits.LOGPROBS_BYTES_MAX leaves room for, if asked for.
+    """
 
     task_id: str
     attempt: int
@@ -156,6 +187,11 @@ class TaskResult(Record, frozen=True):
     processing_s: float
     first_token_s: float
     stand_in: bool = False
+    logprobs: tuple[Logprobs, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return result_bytes(self.generated_text, self.logprobs)
 
 
 class Idempotency(Record, frozen=True):
@@ -174,9 +210,17 @@ MESSAGES_MAX: Final = 1_000
 STOP_STRINGS_MAX: Final = 16
 STOP_CHARS_MAX: Final = 256
 TOKENS_MAX: Final = 131_072
+TOP_LOGPROBS_MAX: Final = 20
+BIASES_MAX: Final = 1_024
+SCHEMA_BYTES_MAX: Final = 64 * 1024
+SCHEMA_DEPTH_MAX: Final = 64
+_INTEGERS: Final = range(-(2**63), 2**64)  # that a frame between peers can hold
 
 Text = Annotated[str, Meta(max_length=PROMPT_CHARS_MAX)]
 StopText = Annotated[str, Meta(min_length=1, max_length=STOP_CHARS_MAX)]
+TokenNumber = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})\Z")]
+Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 
 
 class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -184,10 +228,27 @@ class ChatMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: Text
 
 
+class _Format(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="type"):
+    """Base of what a text can be asked to be."""
+
+
+class JsonObject(_Format, frozen=True, tag="json_object"):
+    """The text is a JSON object."""
+
+
+class JsonSchema(_Format, frozen=True, tag="json_schema"):
+    """The text is JSON of this schema. The engine refuses what it cannot keep to."""
+
+    schema: dict[str, Any]
+
+
 class TextGeneration(
     msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
 ):
-    """Parameters of a `text_generation` task: exactly one of `prompt` and `messages`."""
+    """Parameters of a `text_generation` task: exactly one of `prompt` and `messages`.
+
+    `logit_bias` is by token number. `top_logprobs` above 0 asks for `logprobs` too.
+    """
 
     prompt: Annotated[str, Meta(min_length=1, max_length=PROMPT_CHARS_MAX)] | None = None
     messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=MESSAGES_MAX)] | None = None
@@ -199,3 +260,31 @@ class TextGeneration(
     stop: StopText | Annotated[list[StopText], Meta(max_length=STOP_STRINGS_MAX)] | None = None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
     stream: bool = False
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    logit_bias: Annotated[dict[TokenNumber, Bias], Meta(max_length=BIASES_MAX)] = {}
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=TOP_LOGPROBS_MAX)] = 0
+    response_format: JsonObject | JsonSchema | None = None
+
+
+def schema_problem(schema: dict[str, Any]) -> str:
+    """Why a JSON schema cannot be taken, "" if it can: its size, its depth, its numbers."""
+    level: list[Any] = [schema]
+    for _ in range(SCHEMA_DEPTH_MAX):
+        if any(isinstance(node, int) and node not in _INTEGERS for node in level):
+            return "an integer of more than 64 bits"
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            break
+    else:
+        return f"nested more than {SCHEMA_DEPTH_MAX} deep"
+    size = len(msgspec.json.encode(schema))
+    return f"{size} bytes, at most {SCHEMA_BYTES_MAX}" if size > SCHEMA_BYTES_MAX else ""
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return node.values()
+    return node if isinstance(node, list) else ()

@@ -35,4 +35,4 @@ Item = Pending | Report | Linked | Rumoured
 def size_of(item: Item) -> int:
     if isinstance(item, Pending):
         return item.size
-    return len(item.generated_text) if isinstance(item, AttemptFinished) else 0
+    return item.nbytes if isinstance(item, AttemptFinished) else 0

@@ -119,7 +119,7 @@ def test_logprobs(logits: list[float], count: int, token: int) -> None:
         {"logprobs": 3},
         {"logprobs": True, "top_logprobs": 21},
         {"logprobs": True, "top_logprobs": 1.5},
-        {"top_logprobs": 2},
+        {"top_logprobs": 0.5},
     ],
 )
 def test_senseless_parameters(bad: dict[str, Any]) -> None:
