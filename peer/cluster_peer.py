@@ -282,14 +282,18 @@ class ClusterPeer:
                 self._nursery.start_soon(self._knock, peer_id, self.leader)
 
     async def _knock(self, peer_id: str, leader: Leader) -> None:
-        """A host where the peer's process has ended says so at once; one that is gone does not answer."""
+        """A host where the peer's process has ended says so at once; one that is gone does not answer.
+
+        A session that has come meanwhile knows better: between hosts there may be what refuses in their stead.
+        """
         address = self.membership.address(peer_id)
         if address is None:
             return
         try:
             connection = await self._network.dial(peer_id, address)
         except Unavailable as error:
-            if error.code == REFUSED:
+            followers = self._followers
+            if error.code == REFUSED and (followers is None or peer_id not in followers.linked):
                 leader.linked(peer_id, False, dead=True)
         else:
             await connection.aclose()
@@ -396,9 +400,10 @@ class ClusterPeer:
     async def _knock_at_absent(self, leader: Leader, snapshot: Snapshot, followers: Followers) -> None:
         """A new leader has had no session yet that could end. Peers that live come by themselves."""
         await self._clock.sleep(limits.RELINK_S)
-        for peer_id in list(snapshot.peers):
-            if peer_id != self._identity.peer_id and peer_id not in followers.linked:
-                await self._knock(peer_id, leader)
+        async with trio.open_nursery() as nursery:  # at once: those that are gone without a word take a while each
+            for peer_id in snapshot.peers:
+                if peer_id != self._identity.peer_id and peer_id not in followers.linked:
+                    nursery.start_soon(self._knock, peer_id, leader)
 
     def _hand_over(self, snapshot: Snapshot, followers: Followers) -> None:
         """Let go of the leadership for another voter. Raises Conflict if there is none that could take it."""

@@ -6,10 +6,11 @@ import pytest
 import trio
 
 from peer import limits
-from peer.errors import TooLarge
+from peer.errors import TooLarge, Unavailable
+from peer.ports import REFUSED, Connection
 from peer.state import command as asks
 from simulations.world.fleet import Fleet
-from tests.cluster.rig import follower_of, in_a_cluster, submission
+from tests.cluster.rig import follower_of, in_a_cluster, submission, until
 
 
 def test_an_answer_that_is_too_large_for_a_frame_is_an_error_and_ends_no_session(
@@ -39,5 +40,30 @@ def test_shared_state_that_is_too_large_for_a_frame_ends_no_leader(monkeypatch: 
         fleet.hosts[leader].peer._followers._sessions[name].end("the test ends it")
         await trio.sleep(5.0)
         assert fleet.leaders() == [leader]
+
+    in_a_cluster(script)
+
+
+def test_a_refusal_that_comes_after_a_new_session_kills_no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A firewall between the two, or an address that others do not reach: the peer itself comes back at once."""
+
+    async def script(fleet: Fleet) -> None:
+        name, leads = follower_of(fleet), fleet.leaders()[0]
+        leading = fleet.hosts[leads].peer
+        await trio.sleep(5.0)
+        knocks: list[str] = []
+
+        async def refused(peer_id: str, address: str) -> Connection:
+            knocks.append(peer_id)
+            await trio.sleep(0.9)
+            raise Unavailable("nobody listens there, somebody says", code=REFUSED)
+
+        monkeypatch.setattr(leading._network, "dial", refused)
+        leading._followers._sessions[name].end("the test ends it")
+        await until(lambda: knocks)
+        await trio.sleep(5.0)
+        assert knocks == [name]
+        assert name in leading._followers.linked
+        assert name not in leading.leader._snapshot.losses
 
     in_a_cluster(script)
