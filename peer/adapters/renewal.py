@@ -12,6 +12,7 @@ from peer.adapters import certificates
 from peer.adapters.certificates import Credentials, Subject
 from peer.adapters.cluster_files import ClusterFiles
 from peer.errors import BitinglipError, ConfigError
+from peer.identity import write_private
 from peer.ports import Clock, Entropy
 from peer.state.enrol import RENEW_SHARE, AuthorityKey, Enrolled, GetAuthority, Renew
 
@@ -35,9 +36,7 @@ async def keep_renewed(
     entropy: Entropy,
 ) -> None:
     """Until cancelled. `ask` has the leader answer; `use` is shown what to use from then on, which has a new key.
-    Connections that are open go on.
-
-    Raises OSError when the disk does.
+    Connections that are open go on. A disk that is full is no end: it may have room before the certificate expires.
     """
     credentials = files.credentials()
     while True:
@@ -50,7 +49,7 @@ async def keep_renewed(
             credentials = await _renew(files, credentials, ask, clock)
             use(credentials)
             log.info("certificate_renewed", expires_in_s=round(credentials.subject.not_after - now))
-        except (BitinglipError, ConfigError) as error:
+        except (BitinglipError, ConfigError, OSError) as error:
             left_s = round(credentials.subject.not_after - now)
             log.warning("certificate_not_renewed", why=str(error), expires_in_s=left_s)
             await clock.sleep(entropy.uniform(*RETRY_S))
@@ -60,6 +59,9 @@ async def _renew(
     files: ClusterFiles, old: Credentials, ask: Callable[[Renew], Awaitable[Enrolled]], clock: Clock
 ) -> Credentials:
     key = certificates.new_key()
+    room = files.folder / "renewal.pem"
+    write_private(room, key)  # where this fails no certificate is asked for in vain: a host has but a few
+    room.unlink()
     command = Renew(
         peer_id=old.subject.peer_id,
         csr=certificates.request(key),
@@ -81,7 +83,7 @@ async def keep_authority(
 ) -> None:
     """Fetch the CA's private key, if this host may have to lead and has not got it; returns when that is done.
 
-    `ask` has the leader answer. Raises OSError when the disk does.
+    `ask` has the leader answer.
     """
     belonging = files.belonging()
     if belonging is None or not belonging.voter:
@@ -90,6 +92,6 @@ async def keep_authority(
         try:
             files.keep_authority((await ask(GetAuthority(peer_id=belonging.peer_id))).pem)
             log.info("authority_kept")
-        except (BitinglipError, ConfigError) as error:
+        except (BitinglipError, ConfigError, OSError) as error:
             log.warning("authority_not_fetched", why=str(error))
             await clock.sleep(entropy.uniform(*FETCH_RETRY_S))

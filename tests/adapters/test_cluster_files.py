@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import errno
+import os
 import random
 import ssl
 import time
@@ -16,8 +18,8 @@ import pytest
 import trio
 from cryptography import x509
 
-from peer import ports
-from peer.adapters import certificates
+from peer import identity, ports
+from peer.adapters import certificates, renewal
 from peer.adapters.certificates import Authority, Subject
 from peer.adapters.clock import SystemClock, SystemEntropy
 from peer.adapters.cluster_files import ClusterFiles
@@ -203,21 +205,22 @@ def test_two_thirds_of_a_life() -> None:
     assert due_at(Subject("c1", "h1", "1", 100.0, 400.0)) == pytest.approx(300.0)
 
 
+class Clock:
+    def __init__(self) -> None:
+        self.began = time.time()
+
+    def now(self) -> float:
+        return trio.current_time()
+
+    def wall(self) -> float:
+        return self.began + trio.current_time()
+
+    async def sleep(self, seconds: float) -> None:
+        await trio.sleep(seconds)
+
+
 async def test_a_certificate_is_renewed_in_time(founded: ClusterFiles, autojump_clock: Any) -> None:
     """Not before it is due, again after failures, with a new key."""
-
-    class Clock:
-        def __init__(self) -> None:
-            self.began = time.time()
-
-        def now(self) -> float:
-            return trio.current_time()
-
-        def wall(self) -> float:
-            return self.began + trio.current_time()
-
-        async def sleep(self, seconds: float) -> None:
-            await trio.sleep(seconds)
 
     clock = Clock()
     leader = Leader(founded, clock)
@@ -254,3 +257,41 @@ async def test_a_certificate_is_renewed_in_time(founded: ClusterFiles, autojump_
     assert renewed.addresses == first.addresses
     assert renewed.file.read_text()[:200] != key[:200]
     assert isinstance(renewed.server_context(), ssl.SSLContext)
+
+
+async def test_a_full_disk_is_waited_for_and_costs_no_certificate(
+    founded: ClusterFiles, autojump_clock: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer that ended over it would come back with the old certificate to the same full disk."""
+    clock = Clock()
+    leader = Leader(founded, clock)
+    due = due_at(founded.credentials().subject)
+    full_until = due + 86_400
+    asked: list[float] = []
+    used: list[str] = []
+
+    async def ask_leader(command: Renew) -> Enrolled:
+        asked.append(clock.wall())
+        return await leader.renew(command)
+
+    def write(path: Path, content: str) -> None:
+        if clock.wall() < full_until:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        identity.write_private(path, content)
+
+    monkeypatch.setattr(renewal, "write_private", write)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(
+            keep_renewed,
+            founded,
+            lambda credentials: used.append(credentials.subject.serial),
+            ask_leader,
+            clock,
+            SystemEntropy(),
+        )
+        with trio.move_on_after(due + 2 * 86_400 - clock.wall()):
+            await trio.sleep_forever()
+        nursery.cancel_scope.cancel()
+    assert len(asked) == 1
+    assert full_until <= asked[0] <= full_until + RETRY_S[1]
+    assert used == [founded.credentials().subject.serial]
