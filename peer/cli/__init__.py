@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "host": ("peer.cli.cluster_join", "List hosts, and put one out."),
     "leadership": ("peer.cli.operations", "Hand the leadership over."),
     "gossip-key": ("peer.cli.operations", "Give gossip a new key."),
+    "drill": ("peer.cli.drill", "Measure a failover on this cluster."),
     "config": ("peer.cli.check", "Check a configuration file."),
     "migrate": ("peer.cli.migrate", "Take a single node's store into a cluster's, or back."),
     "takeover": ("peer.cli.migrate", "Go on alone when the cluster's voters are lost."),
