@@ -113,6 +113,7 @@ class ClusterPeer:
             revoke=self._revoke,
             wire_versions=identity.wire_versions,
             voting=voting,
+            keyed=authority.ready if authority is not None else lambda: True,
         )
         self.election: Election | None = None
         self._nursery: trio.Nursery | None = None

@@ -74,7 +74,7 @@ class _Forwarded:
 
 class Follower:
     """`suspect(peer_id, why)` hears of a peer that cannot be reached, `trust(peer_id)` of one that answers, `revoke` of
-    all that are revoked."""
+    all that are revoked. `keyed` says whether this host has the CA's key, as far as it needs one to lead."""
 
     def __init__(
         self,
@@ -89,9 +89,11 @@ class Follower:
         revoke: Callable[[tuple[Revocation, ...]], None],
         wire_versions: tuple[int, int] = (wire.WIRE, wire.WIRE_MIN),
         voting: Voting | None = None,
+        keyed: Callable[[], bool] = lambda: True,
     ) -> None:
         self._peer_id = peer_id
         self._voting = voting
+        self._keyed = keyed
         self._network = network
         self._executor = executor
         self._directory = directory
@@ -195,16 +197,17 @@ class Follower:
             self._session.end(reason)
 
     async def watch_store(self, voting: Voting) -> None:
-        """Until cancelled: tell the leader when this host's member of the store ceases to answer, and answers again."""
-        told_to, told = self._session, False
+        """Until cancelled: tell the leader when this host's member of the store ceases to answer, and answers again,
+        and when this host has got the CA's key."""
+        told_to, told = self._session, (False, False)
         while True:
-            session, problem = self._session, voting.problem
+            session, state = self._session, wire.StoreState(problem=voting.problem, keyed=self._keyed())
             if session is not told_to:
-                told_to, told = session, False
-            if session is not None and bool(problem) != told:
-                told = bool(problem)
+                told_to, told = session, (False, False)
+            if session is not None and (bool(state.problem), state.keyed) != told:
+                told = bool(state.problem), state.keyed
                 with suppress(Unavailable):  # the next session is told anew
-                    session.post(wire.StoreState(problem=problem))
+                    session.post(state)
             await trio.sleep(_STORE_LOOK_S)
 
     # ---------------------------------------------------------------- the session

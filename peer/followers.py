@@ -64,10 +64,11 @@ class Followers:
         """The peer's member of the store is none any more."""
         self._seat(peer_id, 0, wire.Unvote(reason=reason))
 
-    def _note_store(self, session: Session, problem: str) -> None:
+    def _note_store(self, session: Session, state: wire.StoreState) -> None:
         if self._sessions.get(session.peer_id) is session:
-            log.info("store_member_state", peer_id=session.peer_id, problem=problem)
-            self.linked[session.peer_id] = replace(self.linked[session.peer_id], problem=problem)
+            log.info("voter_state", peer_id=session.peer_id, problem=state.problem, keyed=state.keyed)
+            known = self.linked[session.peer_id]
+            self.linked[session.peer_id] = replace(known, problem=state.problem, keyed=state.keyed)
 
     def _seat(self, peer_id: str, member_id: int, frame: wire.Frame) -> None:
         session = self._sessions.get(peer_id)
@@ -101,14 +102,14 @@ class Followers:
             _post(session, shared_of(leader))
             self._sessions[session.peer_id], self._served[session.peer_id] = session, served
             self.linked[session.peer_id] = LinkedPeer(
-                peer_id=session.peer_id, address=hello.store, seat=hello.seat
+                peer_id=session.peer_id, address=hello.store, seat=hello.seat, keyed=False
             )
             self._evidence(session.peer_id, True)
             log.info("follower_joined", peer_id=session.peer_id, wire=version)
             try:
                 async for frame in frames:
                     if isinstance(frame, wire.StoreState):
-                        self._note_store(session, frame.problem)
+                        self._note_store(session, frame)
                     else:
                         await served.frame(frame)
             except Unavailable as error:

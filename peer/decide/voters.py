@@ -27,7 +27,7 @@ class Bounds:
     wanted: int = 0
     dead_s: float = 600.0  # a voter that is away for so long is replaced if a spare is there
     pair_s: float = 60.0  # an even number of voters, and nobody to make it odd
-    start_s: float = 60.0  # a new member that has not started for so long gives way to another peer
+    start_s: float = 60.0  # a new member that has not started for so long gives way; one without the key waits no more
     steady_s: float = 5.0  # a peer is counted on when it has been linked for so long
     retry_s: float = 3_600.0
 
@@ -153,6 +153,8 @@ def _remembered(roll: Roll, memory: Memory, now: float) -> Memory:
     ids = {member.member_id for member in roll.members}
     for peer_id, peer in roll.peers.items():
         true.append(("linked", peer_id))
+        if not peer.keyed:
+            true.append(("keyless", peer_id))
         if peer.seat and peer.seat not in ids and peer_id != roll.leader:
             true.append(("stray", peer_id))
     since = {each: memory.since.get(each, now) for each in true}
@@ -343,7 +345,9 @@ class _State:
         for member in self.learners:
             if member.member_id not in self.live or many >= self._target():
                 continue
-            if many % 2 and not self.candidates:
+            if self._waits_for_key(member.peer_id):
+                self.reasons.append(f"{member.peer_id} stays a learner until it has got the CA's key")
+            elif many % 2 and not self.candidates:
                 self.reasons.append(
                     f"{member.peer_id} stays a learner: with {many + 1} voters no more losses are survived than with "
                     f"{many}, and no further peer is there"
@@ -353,6 +357,11 @@ class _State:
                     member.member_id, f"{member.peer_id} follows; voter {many + 1} of {self._target()}"
                 )
         return None
+
+    def _waits_for_key(self, peer_id: str) -> bool:
+        """A leader without the key lets nobody in, nor gets it from itself. A voter without it is better than none."""
+        keyed = self.roll.peers[peer_id].keyed
+        return not keyed and not self.lasted("keyless", peer_id, self.bounds.start_s)
 
     def _add(self) -> Action | None:
         many = len(self.voters)

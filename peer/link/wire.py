@@ -136,9 +136,11 @@ class Unvote(Record, frozen=True, tag="unvote"):
 
 
 class StoreState(Record, frozen=True, tag="store_state"):
-    """The sender's member of the store has ceased to answer, and why; "": it answers again."""
+    """`problem`: why the sender's member of the store does not answer, "" if it does. `keyed`: it has the CA's key,
+    which a leader needs. Sent when either changes; a session begins without a problem and without the key."""
 
     problem: str
+    keyed: bool = False
 
 
 class Subscribe(Record, frozen=True, tag="subscribe"):

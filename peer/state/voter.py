@@ -25,13 +25,14 @@ class LinkedPeer(Record, frozen=True):
     """A peer with a session, or the leader itself.
 
     `address` is where its member of the store is or would be; "" if it may not or cannot have one. `seat` is the member
-    that it runs now, 0 for none; `problem` why that does not answer.
+    that it runs now, 0 for none; `problem` why that does not answer. `keyed`: as a leader it could let hosts in.
     """
 
     peer_id: str
     address: str = ""
     seat: int = 0
     problem: str = ""
+    keyed: bool = True
 
 
 class VoterView(Record, frozen=True):

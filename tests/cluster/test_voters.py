@@ -9,6 +9,7 @@ from peer.state import command as asks
 from peer.state.task import Status
 from simulations.world.fleet import Fleet
 from tests.cluster.rig import finished, in_a_cluster, led, submission, until
+from tests.leader.authority import FakeAuthority
 
 BOUNDS = Bounds(dead_s=60.0, pair_s=30.0, start_s=30.0, steady_s=3.0)
 GROWN_S = 60.0
@@ -51,6 +52,20 @@ def test_one_host_becomes_three_voters_and_survives_each() -> None:
         assert (await status(fleet)).outlook.startswith("2 of 3 voters are up: one more loss stops")
 
     in_a_cluster(script, grows=BOUNDS)
+
+
+def test_a_host_has_the_ca_s_key_before_it_votes() -> None:
+    """As the leader it would have to let hosts in, and could ask nobody but itself for the key."""
+    held = {name: FakeAuthority(name, has_key=name == "h1") for name in ("h1", "h2", "h3")}
+
+    async def script(fleet: Fleet) -> None:
+        await until(lambda: fleet.roster.learners == ["h2"], GROWN_S)
+        await trio.sleep(BOUNDS.start_s / 2)
+        assert votes(fleet, "h1")
+        held["h2"].has_key = held["h3"].has_key = True
+        await until(lambda: votes(fleet, "h1", "h2", "h3"), GROWN_S)
+
+    in_a_cluster(script, grows=BOUNDS, authorities=held)
 
 
 def test_two_hosts_are_one_voter_and_one_learner() -> None:

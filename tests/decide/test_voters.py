@@ -79,6 +79,24 @@ def test_a_second_voter_waits_for_a_third_peer() -> None:
     assert made.names() == ["h1", "h2", "h3"]
 
 
+def test_a_learner_gets_the_ca_s_key_before_its_vote() -> None:
+    made = model(3)
+    made.hosts["h2"].keyed = made.hosts["h3"].keyed = False
+    for _ in range(int(BOUNDS.steady_s) + 3):
+        made.step()
+    assert (made.names(), made.names(learner=True)) == (["h1"], ["h2"])
+    assert made.reasons == ("h2 stays a learner until it has got the CA's key",)
+    made.hosts["h2"].keyed = True
+    assert isinstance(made.step(), Promote)
+
+
+def test_a_voter_without_the_ca_s_key_is_better_than_none() -> None:
+    made = model(3)
+    made.hosts["h2"].keyed = made.hosts["h3"].keyed = False
+    made.settle()
+    assert made.names() == ["h1", "h2", "h3"]
+
+
 def test_a_peer_is_counted_on_when_it_has_been_there_for_a_while() -> None:
     made = model(2)
     assert made.step() is None

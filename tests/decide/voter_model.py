@@ -13,13 +13,15 @@ BOUNDS = Bounds(dead_s=20.0, pair_s=6.0, start_s=6.0, steady_s=2.0, retry_s=400.
 
 @dataclass
 class Peer:
-    """A host of the model. `broken`: a member never starts there; `problem`: why the one it runs does not answer."""
+    """A host of the model. `broken`: a member never starts there; `problem`: why the one it runs does not answer;
+    `keyed`: it has the CA's key."""
 
     linked: bool = True
     eligible: bool = True
     broken: bool = False
     problem: str = ""
     seat: int = 0
+    keyed: bool = True
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Model:
                 address=f"{name}:1" if host.eligible else "",
                 seat=host.seat,
                 problem=host.problem,
+                keyed=host.keyed,
             )
             for name, host in self.hosts.items()
             if host.linked
