@@ -19,6 +19,7 @@ from peer.decide.workers import (
     can_run,
     held_of,
     is_up,
+    leaves,
     load_seconds,
     memory,
     memory_needed,
@@ -189,8 +190,8 @@ def _best_move(
             left = cost_of(placement.rooms[source], {m: each for m, each in of.items() if m != name})
             for target, room in placement.rooms.items():
                 there = placement.models[target]
-                if name in there or not can_run(snapshot, model, target):
-                    continue
+                if name in snapshot.replicas[target] or not can_run(snapshot, model, target):
+                    continue  # also where its load has failed
                 size = memory_needed(snapshot, model, target) or of[name][0]
                 if used[target] + size > room.capacity_bytes:
                     continue
@@ -252,7 +253,7 @@ def _step(snapshot: Snapshot, now: float, move: Move, decision: Decision) -> Mov
         return changed(move, state="failed", actual_s=now - started_at, reason="it took too long")
     if move.state == "planned":
         model = snapshot.catalogue.get(move.model)
-        if model is None or not is_up(snapshot, target, now):
+        if model is None or not is_up(snapshot, target, now) or leaves(snapshot, target):
             return changed(move, state="failed", reason=f"{target} can no longer take it")
         if replica is None:
             if memory_needed(snapshot, model, target) > memory(snapshot, target).free:
@@ -260,9 +261,9 @@ def _step(snapshot: Snapshot, now: float, move: Move, decision: Decision) -> Mov
             load(snapshot, now, model, target, decision)
         return changed(move, state="loading", started_at=now)
     if move.state == "loading":
-        leaves = (target, move.model) in snapshot.draining  # an owner has unloaded it there
-        if replica is None or leaves or replica.state is ReplicaState.FAILED:
-            why = f"{target} lost it" if replica is None or leaves else replica.error
+        goes = (target, move.model) in snapshot.draining  # an owner has unloaded it there
+        if replica is None or goes or replica.state is ReplicaState.FAILED:
+            why = f"{target} lost it" if replica is None or goes else replica.error
             return changed(move, state="failed", actual_s=now - started_at, reason=why)
         if replica.state is not ReplicaState.READY:
             return move

@@ -8,7 +8,7 @@ from typing import Any
 
 from msgspec.structs import replace as changed
 
-from peer.decide import lose, place, rebalance, record, recover, retain, schedule, workers
+from peer.decide import lose, place, rebalance, record, recover, replan, retain, schedule, workers
 from peer.decide.decision import Decision
 from peer.state.model import HOLDS_MEMORY, Replica, ReplicaState
 from peer.state.order import AttemptFinished, RunAttempt, StopAttempt
@@ -385,6 +385,51 @@ def _retention_drops_live_tasks(decisions: Decisions) -> None:
     decisions.forget_tasks = wrong
 
 
+def _without_leaving(wrong: Callable[..., Decision]) -> Callable[..., Decision]:
+    """A decision that knows of no host that leaves."""
+
+    def decide(snapshot: Snapshot, *args: Any) -> Decision:
+        leaving, snapshot.leaving = snapshot.leaving, {}
+        try:
+            return wrong(snapshot, *args)
+        finally:
+            snapshot.leaving = leaving
+
+    return decide
+
+
+def _loads_on_leaving_hosts(decisions: Decisions) -> None:
+    decisions.reconcile = _without_leaving(decisions.reconcile)
+
+
+def _moves_to_leaving_hosts(decisions: Decisions) -> None:
+    """A plan that is under way goes on as it was made."""
+    decisions.advance = _without_leaving(decisions.advance)
+
+
+def _empties_nothing(decisions: Decisions) -> None:
+    """Nothing new comes to a host that leaves, and nothing goes."""
+    decisions.replan = _without_leaving(decisions.replan)
+
+
+def _forgets_leaving_hosts(decisions: Decisions) -> None:
+    """They are in the leader's memory only."""
+    decisions.loaded = lambda snapshot: snapshot.leaving.clear()
+
+
+def _plans_all_the_time(decisions: Decisions) -> None:
+    """Who is there counts as changed for ever."""
+
+    def wrong(snapshot: Snapshot, now: float) -> bool:
+        return snapshot.peopled is not None and bool(snapshot.policy.auto_rebalance)
+
+    def decide(snapshot: Snapshot, now: float, plan_id: str) -> Decision:
+        with _replaced(replan, "_has_changed", wrong):
+            return replan.replan(snapshot, now, plan_id)
+
+    decisions.replan = decide
+
+
 BUGS: dict[str, Switch] = {
     "requeue_keeps_attempt": _requeue_keeps_attempt,
     "accepts_dead_results": _accepts_dead_results,
@@ -412,4 +457,9 @@ BUGS: dict[str, Switch] = {
     "requeues_the_lost_twice": _requeues_the_lost_twice,
     "drops_keys_of_live_tasks": _retention_forgets_keys_of_live_tasks,
     "retention_drops_live_tasks": _retention_drops_live_tasks,
+    "loads_on_leaving_hosts": _loads_on_leaving_hosts,
+    "moves_to_leaving_hosts": _moves_to_leaving_hosts,
+    "empties_nothing": _empties_nothing,
+    "forgets_leaving_hosts": _forgets_leaving_hosts,
+    "plans_all_the_time": _plans_all_the_time,
 }

@@ -7,9 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from dataclasses import replace as changed
 
+from peer.decide.rebalance import plan_moves
+from peer.state import command as asks
 from peer.state.model import Model, ReplicaState
 from peer.state.order import LoadReplica, Order, UnloadReplica
+from peer.state.plan import Move
 from peer.state.snapshot import Policy
 from peer.state.worker import EngineState
 from simulations.errors import InvariantViolated, SimulatorError
@@ -18,10 +22,11 @@ from simulations.policy.engines import Device, SimWorker
 from simulations.policy.heap import Heap
 from simulations.policy.hosts import SimPeer, World
 from simulations.policy.invariants import Checker
+from simulations.policy.leavings import still_there
 from simulations.policy.shell import Decisions, SimLeader
 from simulations.policy.sometimes import Sometimes
 from simulations.policy.store import SimStore
-from simulations.policy.workload import Clients, Load, Owners
+from simulations.policy.workload import Clients, Load, Operators, Owners
 
 _WHOLE_S = 20.0  # how often everything is compared
 _TIMELY_S = 1.0
@@ -29,6 +34,8 @@ _SETTLE_S_MAX = (
     2_400.0  # tasks time out in 300 s, quarantine ends in 600 s, a stuck move is given up in 600 s
 )
 _QUIET_S = 30.0  # nothing is loaded or unloaded for so long: it has settled
+_PLANS_MAX = 5  # until one has nothing to move
+_AUTOMATIC = ("", "load_balanced", "load_balanced", "memory_optimized")
 _GIB = 1 << 30
 
 
@@ -87,6 +94,7 @@ class SimCluster:
         self._shape = shape
         self._rng = self.heap.random("cluster")
         self._inject_rng = self.heap.random("injector")
+        self._operators_rng = self.heap.random("what operators want")  # its own: all else stays as it was
         self.faults = faults.draw(self.heap.random("faults"), shape.hosts)
         self.models = _models(self._rng, self.faults.knows("memory_surprise"))
         self.store = SimStore(self.checker.stored)
@@ -97,7 +105,7 @@ class SimCluster:
             self.faults,
             self.sometimes,
             decisions,
-            _policy(self._rng),
+            changed(_policy(self._rng), auto_rebalance=self._operators_rng.choice(_AUTOMATIC)),
             {model.name: model for model in self.models},
         )
         self.leader.peers = self
@@ -114,6 +122,8 @@ class SimCluster:
         self.clients = Clients(self.heap, self.leader, self.checker, self.sometimes, self.models, load)
         per_hour = self._rng.choice((12.0, 120.0, 600.0))
         self.owners = Owners(self.heap, self.leader, self.checker, self.sometimes, self.models, per_hour)
+        per_hour = self._operators_rng.choice((0.0, 30.0, 120.0))
+        self.operators = Operators(self.heap, self.leader, self.checker, list(self.peers), per_hour)
         self._placed_at = 0.0
 
     def _devices(self) -> list[Device]:
@@ -157,22 +167,48 @@ class SimCluster:
             peer.start()
         self.clients.start()
         self.owners.start()
+        self.operators.start()
         self._inject()
         heap.after(_TIMELY_S, self._timely)
         heap.after(_WHOLE_S, self._whole)
         while heap.now < self._shape.fault_s and heap.step():
             pass
-        self.clients.over = self.owners.over = self.faults.over = True
+        self.clients.over = self.owners.over = self.operators.over = self.faults.over = True
         for name in sorted(self.faults.rates):
             if name == "foreign_memory":
                 self._foreign_memory_ends()
+        self._settle()
+        self._stays()
+        self.checker.whole(self.leader.snapshot, self.store)
+
+    def _settle(self) -> None:
+        heap = self.heap
         calm_since = heap.now
         while heap.now - calm_since < _SETTLE_S_MAX and heap.step():
             if heap.events % 64 == 0 and next(self._unsettled(), None) is None:
                 break
+        left = list(still_there(self.leader.snapshot, self.leader.wall()))
+        self.checker.check("a drained host ends empty", not left, "; ".join(left[:5]))
+        if self.leader.snapshot.leaving:
+            self.sometimes.saw("drained host ended empty")
         why = list(self._unsettled())
         self.checker.check("all settles when the faults are over", not why, "; ".join(why[:5]))
-        self.checker.whole(self.leader.snapshot, self.store)
+
+    def _stays(self) -> None:
+        """Plan after plan, a placement comes to rest."""
+        strategy = self.leader.snapshot.policy.auto_rebalance
+        if strategy != "memory_optimized":  # an idle cluster costs nothing by the others
+            return
+        moves: tuple[Move, ...] = ()
+        for _ in range(_PLANS_MAX):
+            moves, _why = plan_moves(self.leader.snapshot, self.leader.wall(), strategy, force=False)
+            if not moves:
+                break
+            wish = asks.Rebalance(strategy=strategy, force=False, dry_run=False)
+            self._placed_at = self.heap.now
+            self.leader.call(wish, lambda answer, error: None)
+            self._settle()
+        self.checker.check("a placement comes to rest", not moves, f"still to move: {moves[:2]}")
 
     def _unsettled(self) -> Iterator[str]:
         """What is not as it must be some time after the last fault."""
@@ -190,6 +226,7 @@ class SimCluster:
         yield from (f"{w} is paused" for w in snapshot.paused)
         yield from (f"rebalance {rebalance_id} runs" for rebalance_id in snapshot.under_way)
         yield from (f"{peer_id} is lost" for peer_id in snapshot.lost)
+        yield from still_there(snapshot, self.leader.wall())
         if self.heap.now - self._placed_at < _QUIET_S:
             yield f"models still move: {self.heap.now - self._placed_at:.1f} s ago"
         for peer in self.peers.values():

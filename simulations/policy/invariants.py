@@ -13,6 +13,7 @@ from typing import Any
 from peer.decide import rewind
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
+from peer.decide.place import ROOM
 from peer.errors import BitinglipError, Conflict, Overloaded
 from peer.limits import ATTEMPTS_MAX, WORKER_SILENT_S
 from peer.state import command as asks
@@ -36,6 +37,7 @@ from peer.state.task import TERMINAL, TRANSITIONS, Status, Task, TaskResult
 from simulations.errors import InvariantViolated
 from simulations.policy import agreement
 from simulations.policy.heap import Heap
+from simulations.policy.leavings import Leavings
 from simulations.policy.losses import Losses
 from simulations.policy.slots import Slots
 from simulations.policy.sometimes import Sometimes, transition_name
@@ -69,6 +71,7 @@ class Checker:
         self._drains_decided: list[tuple[tuple[str, str], str]] = []  # and not yet durable
         self.losses = Losses(self)
         self._slots = Slots(self, self.losses)
+        self.leavings = Leavings(self)
         self._events_last = 0
         self._published_last = 0
         self._leader_since = 0.0
@@ -91,6 +94,7 @@ class Checker:
             for event in decision.events
             if event.event == "task_requeued"
         }
+        self.leavings.decided(name, decision, snapshot, now)
         for change in decision.changes:
             match change:
                 case Save(record=Task() as task):
@@ -241,8 +245,14 @@ class Checker:
                     move.state in ("loading", "draining")
                     and (move.from_worker, move.model) == (order.worker_id, order.model_name)
                     and (order.worker_id, order.model_name) not in self._owner_drains
+                    and not self._makes_room(snapshot, order)  # decided while nothing waited for it
                 ):
                     self._not_the_last(snapshot, order.worker_id, order.model_name)
+
+    @staticmethod
+    def _makes_room(snapshot: Snapshot, order: UnloadReplica) -> bool:
+        draining = snapshot.draining.get((order.worker_id, order.model_name))
+        return draining is not None and draining.because == ROOM
 
     # ------------------------------------------------------------ who is there
 
@@ -291,6 +301,7 @@ class Checker:
     def stored(self, writes: StoreWrites) -> None:
         """A transaction is about to become durable, known to the leader or not."""
         self._drains_durable()
+        self.leavings.stored(writes)
         tasks = {key[5:]: value for key, value in writes.items() if key.startswith("task/")}
         for task_id, value in tasks.items():
             self._task_stored(task_id, decode(Task, value) if value is not None else None)
@@ -376,6 +387,7 @@ class Checker:
     def leader_started(self, snapshot: Snapshot, store: SimStore) -> None:
         self._seen = dict(self._durable)
         self.losses.begin(snapshot.started_at)
+        self.leavings.begin(snapshot)
         self._drains_decided = []
         self._owner_drains = dict.fromkeys(self._owed)
         forgotten = [place for place in self._owed if place not in snapshot.draining]
@@ -406,7 +418,7 @@ class Checker:
         groups: tuple[Any, ...] = (
             snapshot.workers.values(), snapshot.assignments.values(), snapshot.profiles.values(),
             snapshot.plans.values(), snapshot.draining.values(), snapshot.inputs.values(),
-            snapshot.idempotency.values(),
+            snapshot.idempotency.values(), snapshot.leaving.values(),
         )  # fmt: skip
         for group in groups:
             for record in group:
@@ -453,6 +465,8 @@ class Checker:
                     self._sometimes.saw("cancel of a finished task")
                 case "does_not_fit":
                     self._sometimes.saw("does not fit")
+                case "no_other_host":
+                    self._sometimes.saw("no other host to drain to")
 
     def cancelled(self, view: asks.TaskView) -> None:
         task = view.task

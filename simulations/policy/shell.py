@@ -66,6 +66,7 @@ class Decisions:
     forget_plans: Callable[..., Decision] = retain.forget_plans
     sample_gauges: Callable[..., Decision] = meter.sample_gauges
     roll_up: Callable[..., Decision] = meter.roll_up
+    drain_host: Callable[..., Decision] = replan.drain_host
     replan: Callable[..., Decision] = replan.replan
     schedule: Callable[..., Decision] = schedule.schedule
     forget_events: Callable[..., Decision] = retain.forget_events
@@ -379,6 +380,8 @@ class SimLeader:
                 return decide.restart(snapshot, now, command)
             case asks.Rebalance() as command:
                 return decide.rebalance(snapshot, now, command, f"rebal-{self._token()}")
+            case asks.DrainHost() as command:
+                return decide.drain_host(snapshot, now, command)
             case _:
                 raise NotImplementedError(type(pending.command).__name__)
 

@@ -24,7 +24,9 @@ STATES = (
     "outcome reported again", "leader slept", "owner's unload happened", "retention forgot tasks",
     "retention forgot events", "unload lived through a new leader", "load retried after a failure", "does not fit",
     "device sizes differ", "peer lost by its session", "peer lost by its silence", "loss put off by the share",
-    "loss confirmed by gossip", "lost peer came back",
+    "loss confirmed by gossip", "lost peer came back", "host drained", "host's drain undone",
+    "host's drain lived through a new leader", "plan to empty a host", "plan of the leader's own",
+    "drained host ended empty", "no other host to drain to",
 )  # fmt: skip
 
 

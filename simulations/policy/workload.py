@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,3 +206,36 @@ class Owners:
             self._sometimes.saw("forced unload")
         elif isinstance(answer, Plan) and answer.status == "initiated":
             self._sometimes.saw("rebalance began")
+
+
+class Operators:
+    """Some hosts are taken out of service, and given back or not."""
+
+    def __init__(
+        self, heap: Heap, leader: SimLeader, checker: Checker, peer_ids: Sequence[str], per_hour: float
+    ) -> None:
+        self.over = False
+        self._heap = heap
+        self._leader = leader
+        self._checker = checker
+        self._peer_ids = peer_ids
+        self._per_s = per_hour / 3600
+        self._rng = heap.random("operators")
+
+    def start(self) -> None:
+        if self._per_s:
+            self._heap.after(self._rng.expovariate(self._per_s), self._act)
+
+    def _act(self) -> None:
+        if self.over:
+            return
+        if self._leader.up:
+            leaving = sorted(self._leader.snapshot.leaving)
+            undo = bool(leaving) and self._rng.random() < 0.5
+            name = self._rng.choice(leaving if undo else self._peer_ids)
+            self._leader.call(asks.DrainHost(name=name, undo=undo, by="operator"), self._answered)
+        self._heap.after(self._rng.expovariate(self._per_s), self._act)
+
+    def _answered(self, answer: Any, error: BitinglipError | None) -> None:
+        if error is not None:
+            self._checker.refused(error)

@@ -15,7 +15,7 @@ from peer.state.command import Rebalance
 from peer.state.metric import Bucket, Counts
 from peer.state.model import Assignment, ReplicaState
 from peer.state.order import LoadReplica
-from peer.state.plan import Move, Plan
+from peer.state.plan import Leaving, Move, Plan
 from peer.state.snapshot import Save
 from tests.decide.build import CATALOGUE, ECHO, GIB, SMALL, T0, World, device, replica, worker_report
 
@@ -110,6 +110,14 @@ def test_a_model_is_not_moved_where_it_already_is() -> None:
     assert ask(world).moves == ()
 
 
+def test_a_model_is_not_moved_where_its_load_has_failed() -> None:
+    world = uneven("small", "echo")
+    assert [move.model for move in ask(world).moves] == ["echo"]
+    world = uneven("small", "echo")
+    world.hear(worker_report("w2", replica("echo", state=ReplicaState.FAILED, memory_bytes=0)))
+    assert "echo" not in [move.model for move in ask(world).moves]
+
+
 def test_carried_out_step_by_step() -> None:
     world = uneven("small", "echo")
     wish = Assignment(
@@ -184,6 +192,11 @@ def test_a_move_that_cannot_begin_fails_the_plan() -> None:
     world = begun()
     world.later(7).wake()
     assert advance(world).reason == "w2 can no longer take it"
+    world = begun()
+    peer_id = world.s.workers["w2"].peer_id
+    world.take(Decision(changes=[Save(Leaving(peer_id=peer_id, since=T0))]))
+    assert advance(world).reason == "w2 can no longer take it"
+    assert world.orders == []
 
 
 def test_a_load_that_fails_or_is_lost_fails_the_move() -> None:
