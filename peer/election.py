@@ -149,7 +149,8 @@ class Election:
                 await self._pause(_RETRY_S)
 
     async def _look(self) -> elect.Seen:
-        found = await self._store.get([LEADER_KEY, BEAT_KEY])
+        """It may show what is old: the store may have no quorum just then. Writes compare."""
+        found = await self._store.peek([LEADER_KEY, BEAT_KEY])
         key, beat = found.get(LEADER_KEY), found.get(BEAT_KEY)
         holder, address = elect.holder_of(key.value) if key is not None else ("", "")
         return elect.Seen(

@@ -109,6 +109,10 @@ class Store(Protocol):
     async def get(self, keys: Sequence[str]) -> dict[str, KeyValue]:
         """Those of `keys` that exist, all at one revision."""
 
+    async def peek(self, keys: Sequence[str]) -> dict[str, KeyValue]:
+        """As `get`, for few and small ones, and perhaps not the newest: what this host's part of the store knows to be
+        committed. It needs nobody else."""
+
     async def txn(
         self, compare: Sequence[Compare], then: Sequence[Write], orelse: Sequence[Write] = ()
     ) -> TxnResult:

@@ -206,8 +206,16 @@ class EtcdStore:
 
         return await _while_compacted(read)
 
-    async def _get_some(self, keys: Sequence[bytes], revision: int) -> _Txn:
-        reads = [{"request_range": {"key": key, "revision": revision}} for key in keys]
+    async def peek(self, keys: Sequence[str]) -> dict[str, KeyValue]:
+        base = await self.revision_base()
+        wanted = [key.encode() for key in dict.fromkeys(keys) if key]
+        done = await self._get_some(wanted, 0, serializable=True)
+        found = [each.response_range.kvs for each in done.responses if each.response_range]
+        return {item.key.decode(): _key_value(item, base) for items in found for item in items}
+
+    async def _get_some(self, keys: Sequence[bytes], revision: int, *, serializable: bool = False) -> _Txn:
+        asked = {"revision": revision, "serializable": serializable}
+        reads = [{"request_range": {"key": key, **asked}} for key in keys]
         return await self.client.call("kv/txn", {"success": reads}, _TXN, writes=False)
 
     async def _ask(

@@ -335,6 +335,9 @@ class SqliteStore:
 
         return await self._read(read)
 
+    async def peek(self, keys: Sequence[str]) -> dict[str, KeyValue]:
+        return await self.get(keys)
+
     async def _read(self, work: Callable[[sqlite3.Connection], T]) -> T:
         self._require_usable()
 

@@ -6,6 +6,9 @@ hurries that up, and only past the *silence guard*: a voter removes another's ke
 beat is still the one it had read at least GUARD_S before. A leader that can write can therefore not be deposed by those
 who merely cannot see it.
 
+What is read may be old, so that the guard runs also while the store elects a leader of its own: a beat that was read
+had been begun by then, and if it is not the newest one, the transaction does not hold.
+
 What follows for reads: a leader that began a beat at time t, acknowledged later, has not been deposed before
 t + GUARD_S; and one that began to keep its lease alive at time k, acknowledged later, has not lost it before
 k + LEASE_TTL_S. So until t + READ_FRESH_S and k + LEASE_SURE_S, both shorter, its memory is the newest there is. One of
@@ -28,7 +31,7 @@ _LOOK_CLOSELY_S = 0.25  # and one with evidence: a leader that stops politely gi
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """The leader key and the beat as one linearizable read showed them; `ended` is when it had returned."""
+    """The leader key and the beat, both of one revision; `ended` is when the read had returned."""
 
     epoch: int  # 0: nobody leads
     holder: str

@@ -87,3 +87,6 @@ class SimStore:
 
     async def get(self, keys: Sequence[str]) -> dict[str, KeyValue]:
         return {key: KeyValue(key, self._values[key], 1, 1) for key in keys if key in self._values}
+
+    async def peek(self, keys: Sequence[str]) -> dict[str, KeyValue]:
+        return await self.get(keys)

@@ -61,6 +61,7 @@ class EtcdData:
         self.on_applied: list[Applied] = []
         self._keys: list[str] = []
         self._history: dict[int, tuple[Batch, float]] = {}
+        self._before: dict[int, dict[str, KeyValue | None]] = {}  # what each revision of the history replaced
         self._lease_ids = 0
 
     # ------------------------------------------------------------------------------------------ reading
@@ -79,6 +80,14 @@ class EtcdData:
 
     def get(self, keys: Sequence[str]) -> dict[str, KeyValue]:
         return {key: self.data[key] for key in keys if key in self.data}
+
+    def get_at(self, keys: Sequence[str], revision: int) -> dict[str, KeyValue]:
+        """As of that revision, or the oldest that is kept."""
+        found: dict[str, KeyValue | None] = {key: self.data.get(key) for key in keys}
+        for later in range(self.revision, max(revision, self.compacted, REVISION_EMPTY), -1):
+            replaced = self._before[later]
+            found |= {key: replaced[key] for key in found if key in replaced}
+        return {key: item for key, item in found.items() if item is not None}
 
     def require_history(self, revision: int) -> None:
         if revision <= self.compacted:
@@ -121,6 +130,7 @@ class EtcdData:
         if not changing:
             return
         self.revision += 1
+        before = {write.key: self.data.get(write.key) for write in changing}
         for write in changing:
             old = self.data.pop(write.key, None)
             if old is not None and old.lease in self.leases:
@@ -131,6 +141,7 @@ class EtcdData:
                 del self._keys[bisect_left(self._keys, write.key)]
         changes = tuple(Change(w.key, w.value if isinstance(w, Put) else None) for w in changing)
         self._history[self.revision] = Batch(self.revision, changes), now
+        self._before[self.revision] = before
         if len(self._history) > HISTORY_MAX:
             self.compact(self.revision - HISTORY_MAX)
         for applied in self.on_applied:
@@ -153,6 +164,7 @@ class EtcdData:
         revision = min(revision, self.revision)
         for gone in range(self.compacted + 1, revision + 1):
             self._history.pop(gone, None)
+            self._before.pop(gone, None)
         self.compacted = max(self.compacted, revision)
 
     # ------------------------------------------------------------------------------------------ leases

@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import trio
 
-from peer.errors import BitinglipError, Unavailable
+from peer.errors import Ambiguous, BitinglipError, Unavailable
 from peer.ports import Compare, Lease, Put, TxnResult, Write
 from simulations.errors import InvariantViolated, SimulatorError
 from simulations.world.etcd import EtcdData
@@ -60,6 +60,7 @@ class EtcdModel(EtcdData):
         self.time_out_fates: Sequence[str] = FATES
         self.keepalive_loss = 0.0
         self.full = False
+        self.done_though_full = 0.0  # the chance
         self.changed = trio.lowlevel.ParkingLot()
         self.published = trio.lowlevel.ParkingLot()
         self._reachable = reachable
@@ -131,9 +132,13 @@ class EtcdModel(EtcdData):
         """Each keepalive times out, and nothing was kept alive."""
         self.keepalive_loss = chance
 
-    def no_space(self, full: bool) -> None:
-        """The quota is used up: what puts or grants is refused; deletions, keepalives and reads go on."""
-        self.full = full
+    def no_space(self, full: bool, done: float = 0.0) -> None:
+        """The quota is used up: what puts or grants is refused; deletions, keepalives and reads go on.
+
+        `done`: the chance of a transaction to be applied before it is refused, as by a member that crosses its quota;
+        whoever is refused by such a store cannot know.
+        """
+        self.full, self.done_though_full = full, done
 
     def compact_all(self) -> None:
         """All history up to now is gone: watchers that are behind get Compacted."""
@@ -175,6 +180,11 @@ class EtcdModel(EtcdData):
             return False
         return self._runs(name) and self._linked(name, leader)
 
+    def known_to(self, name: str) -> int:
+        """The newest revision that this member has."""
+        self._settle()
+        return self.members[name].seen
+
     async def serving(self, name: str, life: int) -> None:
         """Wait for it. Raises Unavailable if that member's process ends before."""
         while not self.serves(name):
@@ -190,6 +200,10 @@ class EtcdModel(EtcdData):
 
     def _linked(self, a: str, b: str) -> bool:
         return a == b or (self._reachable(a, b) and self._reachable(b, a))
+
+    def lost_with(self, name: str, life: int) -> bool:
+        """Whether that member led, in that life of its process, and has ended: what others had sent to it is lost."""
+        return bool(name) and self.members[name].life != life
 
     def _has_majority(self, name: str) -> bool:
         if self._no_quorum or name not in self.voting or not self._runs(name):
@@ -276,16 +290,19 @@ class EtcdModel(EtcdData):
     def apply_txn(
         self, compare: Sequence[Compare], then: Sequence[Write], orelse: Sequence[Write], peer_id: str
     ) -> TxnResult:
-        if self.full and any(isinstance(write, Put) for write in (*then, *orelse)):
-            raise _no_space()
+        refused = self.full and any(isinstance(write, Put) for write in (*then, *orelse))
+        if refused and not (self.done_though_full and self._rng.random() < self.done_though_full):
+            raise self._no_space()
         before = self.revision
         done = self.txn(compare, then, orelse, peer_id, trio.current_time())
         self._publish(before)
+        if refused:
+            raise self._no_space()
         return done
 
     def apply_grant(self, ttl_s: float) -> Lease:
         if self.full:
-            raise _no_space()
+            raise self._no_space()
         lease = self.grant(ttl_s, trio.current_time())
         self._look_again()
         return lease
@@ -300,12 +317,14 @@ class EtcdModel(EtcdData):
             self._settle()
             self.published.unpark_all()
 
+    def _no_space(self) -> BitinglipError:
+        text = "etcd: database space exceeded"
+        if self.done_though_full:
+            return Ambiguous(text, code="store_full", retry_after_s=5.0)
+        return Unavailable(text, code="store_full", retry_after_s=5.0)
+
     def violated(self, message: str) -> NoReturn:
         self._violated("port_contract", message)
-
-
-def _no_space() -> Unavailable:
-    return Unavailable("etcd: database space exceeded", code="store_full", retry_after_s=5.0)
 
 
 def _violated(check: str, message: str) -> NoReturn:

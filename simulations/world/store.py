@@ -9,6 +9,9 @@ not sent is Unavailable, what was is Ambiguous.
 Leases are kept by the leader. Without one they do not expire, and a new one gives each its whole time again: expiry is
 late, never early.
 
+A write that waits for a store leader whose process ends is lost with it. A store without space may have applied what it
+refuses: then that is Ambiguous, with code `store_full`.
+
 Not modelled: the raft log itself (entries that are lost with a leader are requests that are never applied), members
 that differ other than by lagging behind. Membership is fixed, and a member's data is never lost, where
 `simulations.world.voting` is not used.
@@ -93,6 +96,19 @@ class SimStore:
 
     async def get(self, keys: Sequence[str]) -> dict[str, KeyValue]:
         return await self._read(lambda: self.model.get(keys))
+
+    async def peek(self, keys: Sequence[str]) -> dict[str, KeyValue]:
+        """Of this member alone, as it is now; it answers unless its process stands still."""
+        self.require_usable()
+        await self._require_up_after_a_checkpoint()
+        life, give_up_at = self.member.life, trio.current_time() + limits.STORE_CALL_S_MAX
+        if await _travelled(self.latency_s(), give_up_at) and not self.member.frozen:
+            self.require_usable()
+            self._require_up()
+            if self.member.life == life:
+                return self.model.get_at(keys, self.model.known_to(self.peer_id))
+        await trio.sleep_until(give_up_at)
+        raise Unavailable("the store has not answered in time", retry_after_s=1.0)
 
     async def txn(
         self, compare: Sequence[Compare], then: Sequence[Write], orelse: Sequence[Write] = ()
@@ -194,6 +210,8 @@ class SimStore:
         self.require_usable()
         await self._require_up_after_a_checkpoint()
         request = _Request(work)
+        leader = self.model.leader
+        led = self.model.members[leader].life if leader else 0
         life, half_s = self.member.life, self.latency_s() / 2
         give_up_at = trio.current_time() + limits.STORE_CALL_S_MAX
         fate = fate or self._fate()
@@ -210,6 +228,8 @@ class SimStore:
                         self.require_usable()
                         return result
         finally:
+            if self.model.lost_with(leader, led):
+                request.settled = True  # what one member forwards to another ends with that
             if not request.settled and self._rng.random() < 0.5:
                 # Its caller gave up or was killed, but what was sent is on its way.
                 self.model.later(self._rng.uniform(0.0, LATE_S), request.apply)

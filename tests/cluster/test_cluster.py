@@ -98,7 +98,7 @@ def test_a_store_that_is_silent_for_a_moment_costs_a_command_and_not_the_leaders
     async def script(fleet: Fleet) -> None:
         host = fleet.hosts[fleet.leaders()[0]]
         leadership = host.peer.election.leadership
-        fleet.network.isolate(host.peer_id, for_s=2.5)
+        fleet.network.isolate(host.peer_id, for_s=2.2)
         with pytest.raises(Unavailable, match="the store does not answer"):
             await host.peer.leader.call(asks.CancelTask(task_id="task-none"))
         await until(lambda: led(fleet))

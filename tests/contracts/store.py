@@ -88,6 +88,13 @@ class StoreContract:
         assert {key: item.value for key, item in found.items()} == {"b": b"", "c": b"\x00\xff"}
         assert await store.get([]) == {}
 
+    async def test_peek_finds_what_this_opener_has_written(self, store: Store) -> None:
+        await store.txn((), [Put("a", b"1"), Put("b", b"")])
+        await store.txn((), [Put("a", b"2")])
+        assert await store.peek(["b", "missing", "a", "b"]) == await store.get(["a", "b"])
+        await store.txn((), [Delete("a")])
+        assert set(await store.peek(["a", "b"])) == {"b"}
+
     # -------------------------------------------------------------------------------- revisions
 
     async def test_each_transaction_that_writes_makes_one_revision(self, store: Store) -> None:

@@ -218,6 +218,7 @@ async def test_without_a_quorum_nothing_is_read_or_written_and_then_it_goes_on(
         member.kill()
     with pytest.raises(Unavailable):
         await store.get(["a"])
+    assert (await store.peek(["a"]))["a"].value == b"1"
     with pytest.raises((Ambiguous, Unavailable)):
         await store.commit(epoch, [Put("a", b"2")])
     for member in others:

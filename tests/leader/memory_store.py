@@ -53,6 +53,9 @@ class MemoryStore:
         self.calls.append(("get", len(keys)))
         return {key: self.data[key] for key in keys if key in self.data}
 
+    async def peek(self, keys: Sequence[str]) -> dict[str, KeyValue]:
+        return await self.get(keys)
+
     async def txn(
         self, compare: Sequence[Compare], then: Sequence[Write], orelse: Sequence[Write] = ()
     ) -> TxnResult:

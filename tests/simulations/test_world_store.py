@@ -107,6 +107,30 @@ def test_a_member_that_is_down_refuses_at_once_and_comes_back_with_all() -> None
     simulated(test)
 
 
+def test_a_peek_needs_no_quorum_and_shows_what_the_member_had() -> None:
+    async def test(s: Setup) -> None:
+        stores = {name: s.store(name) for name in VOTERS}
+        await stores["h1"].txn([], [Put("a", b"old"), Put("gone", b"")])
+        cut = next(name for name in VOTERS if name != s.model.leader)
+        assert await stores[cut].peek(["a"]) == await stores["h1"].get(["a"])
+        s.isolate(cut)
+        other = next(name for name in VOTERS if name != cut)
+        was = await stores[cut].peek(["a", "gone", "b"])
+        await stores[other].txn([], [Put("a", b"new"), Delete("gone"), Put("b", b"")])
+        await stores[other].txn([], [Put("a", b"newest")])
+        assert await stores[cut].peek(["a", "gone", "b"]) == was
+        assert set(was) == {"a", "gone"}
+        assert (await stores[other].peek(["a"]))["a"].value == b"newest"
+        s.model.quorum_lost(True)
+        assert (await stores[other].peek(["a"]))["a"].value == b"newest"
+        s.model.member_frozen(other, True)
+        assert await fails(Unavailable, stores[other].peek(["a"])) == pytest.approx(limits.STORE_CALL_S_MAX)
+        s.model.fsync_error(cut)
+        assert await fails(Unavailable, stores[cut].peek(["a"])) < 0.1
+
+    simulated(test)
+
+
 def test_a_member_that_ends_in_mid_call_leaves_it_ambiguous() -> None:
     async def test(s: Setup) -> None:
         store = s.store()
