@@ -9,19 +9,18 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any, Literal
 
-import msgspec
 import structlog
 import trio
 
 from peer import limits
 from peer.answers import Alone, Answers, Voucher, not_leading
-from peer.decide import admit, keys, lose, meter, place, rebalance, record, recover, replan, retain, schedule
+from peer.decide import retain, schedule
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
 from peer.decide.quota import Quota
+from peer.deciding import Deciding, First, Pending
 from peer.errors import Ambiguous, BitinglipError, Unavailable
 from peer.journal import Journal
 from peer.ports import Authority, Clock, Delete, Entropy, Link, Put, Store, Write
@@ -30,9 +29,9 @@ from peer.state import command as asks
 from peer.state.enrol import Revocation
 from peer.state.key import ApiKey
 from peer.state.model import Model
-from peer.state.order import AttemptFinished, Order, Report, RunAttempt, WorkerReported
+from peer.state.order import AttemptFinished, Order, Report, RunAttempt
 from peer.state.quota import Counted
-from peer.state.record import decode, ended_at, idempotency_key, prefix_end, task_id
+from peer.state.record import decode, ended_at, idempotency_key, prefix_end
 from peer.state.snapshot import Linked, Policy, Rumoured, Snapshot, StoreWrites
 from peer.state.task import Idempotency, Task
 from peer.streams import StreamHub
@@ -40,41 +39,19 @@ from peer.transfer import nobody_else, transfer
 
 log = structlog.get_logger(__name__)
 
-_ENTROPY_BYTES = 5
 _FORGET_ROUNDS_MAX = 8  # in a tick: more end in a second than one batch
+_RETAIN_S = 1.0  # between two looks at the oldest finished tasks
 _BATCH_BYTES_MAX = limits.BODY_BYTES_MAX  # of prompts and results; the store bounds its transactions
-_encode_json = msgspec.json.Encoder().encode
 
 
-class _Pending:
-    """A command on its way, and where its answer will be."""
-
-    __slots__ = ("answer", "command", "done", "error", "size", "stored")
-
-    def __init__(self, command: asks.Command) -> None:
-        self.command = command
-        self.size = len(_encode_json(command.parameters)) if isinstance(command, asks.SubmitTask) else 0
-        self.done = trio.Event()
-        self.answer: Any = None
-        self.error: BitinglipError | None = None
-        self.stored: Task | Idempotency | None = None  # read from the store before it is decided
-
-
-def _size(item: _Pending | Report | Linked | Rumoured) -> int:
+def _size(item: Pending | Report | Linked | Rumoured) -> int:
     """About how many bytes of it go into the transaction, beyond the few of every record."""
-    if isinstance(item, _Pending):
+    if isinstance(item, Pending):
         return item.size
     return item.nbytes if isinstance(item, AttemptFinished) else 0
 
 
-_Item = _Pending | Report | Linked | Rumoured
-
-
-@dataclass(frozen=True, slots=True)
-class _First:
-    """The answer to a repeated idempotency key: the task that the first request made."""
-
-    task_id: str
+_Item = Pending | Report | Linked | Rumoured
 
 
 class Leader:
@@ -107,10 +84,11 @@ class Leader:
         self._registrar = Registrar(snapshot, entropy, authority, seeds)
         self._answers = Answers(snapshot, store, clock, streams, self._registrar, self.settled)
         self._late_evidence: dict[tuple[type, str], Linked | Rumoured] = {}
-        self._deciding: list[_Pending] = []
+        self._decide = Deciding(snapshot, entropy, self._registrar)
+        self._deciding: list[Pending] = []
         self._stopping = ""
         self._over = False  # memory may be ahead of the store, or another epoch may lead
-        self._sampled_at = 0
+        self._forgot_at: float | None = None  # when nothing more was to be forgotten
         self.came_round_at: float | None = None
         """When a tick last began, for a watchdog."""
         self.quota = Quota()
@@ -144,6 +122,9 @@ class Leader:
     def held_tasks(self) -> int:
         """How many tasks are assigned or running, for a drain."""
         return sum(len(tasks) for tasks in self._snapshot.held.values())
+
+    def queued(self) -> int:
+        return self._snapshot.queued
 
     async def report(self, message: Report) -> None:
         """ports.ReportSink: waits while the leader is behind. Raises Unavailable once it leads no more."""
@@ -182,7 +163,7 @@ class Leader:
     async def _command(self, command: asks.Command) -> Any:
         if self._stopping and isinstance(command, asks.SubmitTask):
             raise Unavailable(self._stopping, code="stopping", retry_after_s=5.0)
-        pending = _Pending(command)
+        pending = Pending(command)
         try:
             self._inbox_send.send_nowait(pending)
         except trio.WouldBlock:
@@ -195,7 +176,7 @@ class Leader:
             raise _ambiguous(f"no answer from the store in {limits.COMMAND_S_MAX:g} s")
         if pending.error is not None:
             raise pending.error
-        if isinstance(pending.answer, _First):
+        if isinstance(pending.answer, First):
             view_of_first = await self._answers.query(asks.GetTask(task_id=pending.answer.task_id))
             return asks.Submitted(view=view_of_first, replayed=True)
         return pending.answer
@@ -242,7 +223,7 @@ class Leader:
                 item = self._inbox.receive_nowait()
             except trio.WouldBlock:
                 break
-            if isinstance(item, _Pending):
+            if isinstance(item, Pending):
                 item.error = not_leading()
                 item.done.set()
         self._inbox.close()
@@ -264,9 +245,7 @@ class Leader:
             self.came_round_at = trio.current_time()
             await self._batch([])
             try:
-                for _ in range(_FORGET_ROUNDS_MAX):
-                    if not await self._forget_old_tasks():
-                        break
+                await self._retain()
             except (Ambiguous, Unavailable) as error:
                 if self._over:  # it was a commit
                     raise
@@ -275,7 +254,7 @@ class Leader:
 
     async def _batch(self, batch: list[_Item]) -> None:
         """Decide, commit and carry out one batch; an empty one is a tick."""
-        commands = [item for item in batch if isinstance(item, _Pending)]
+        commands = [item for item in batch if isinstance(item, Pending)]
         if commands:
             self._deciding = commands
         async with self._committing:
@@ -284,19 +263,16 @@ class Leader:
             await self._read_stored(commands)
             work = Batch(self._snapshot, self._clock.wall())
             for item in batch:
-                if isinstance(item, _Pending):
-                    self._decide_command(item, work)
+                if isinstance(item, Pending):
+                    self._decide.command(item, work)
                 elif isinstance(item, Linked | Rumoured):
-                    work.take(Decision(changes=[item]))
-                    if isinstance(item, Linked) and item.dead:  # beyond doubt: its tasks wait for no tick
-                        work.take(lose.lose(self._snapshot, work.now))
-                        work.take(recover.lost_attempts(self._snapshot, work.now))
+                    self._decide.evidence(item, work)
                 else:
-                    self._decide_report(item, work)
+                    self._decide.report(item, work)
             if not batch:
                 late, self._late_evidence = self._late_evidence, {}
                 work.take(Decision(changes=[*late.values()]))
-                self._decide_tick(work)
+                self._decide.tick(work)
             if not self._stopping:
                 work.take(schedule.schedule(self._snapshot, work.now))
             work.count_ended()
@@ -332,7 +308,7 @@ class Leader:
                 log.warning("commit_tried_again", why=error.message, code=error.code)
             await self._clock.sleep(pause_s)
 
-    async def _carry_out(self, work: Batch, commands: list[_Pending]) -> None:
+    async def _carry_out(self, work: Batch, commands: list[Pending]) -> None:
         """After the commit: answer, publish, order."""
         for task, result in work.ended.values():
             self._streams.end(task.task_id)
@@ -362,11 +338,11 @@ class Leader:
             # The worker's reports will not show what was ordered; it is then decided anew.
             log.warning("order_not_delivered", peer_id=peer_id, order=type(order).__name__, why=error.message)
 
-    # ---------------------------------------------------------------- deciding
+    # ---------------------------------------------------------------- what only the store holds
 
-    async def _read_stored(self, commands: list[_Pending]) -> None:
+    async def _read_stored(self, commands: list[Pending]) -> None:
         """What decisions need to know of finished tasks, which only the store holds, in one read."""
-        wanted: dict[str, list[_Pending]] = {}
+        wanted: dict[str, list[Pending]] = {}
         for pending in commands:
             match pending.command:
                 case asks.SubmitTask(owner=owner, idempotency_key=text) if text:
@@ -387,85 +363,16 @@ class Leader:
                 cancels = isinstance(pending.command, asks.CancelTask)
                 pending.stored = decode(Task, item.value) if cancels else decode(Idempotency, item.value)
 
-    def _decide_command(self, pending: _Pending, work: Batch) -> None:
-        if pending.error is not None:
+    async def _retain(self) -> None:
+        """Once in a while, and while there is more to forget at every tick."""
+        now = self._clock.now()
+        if self._forgot_at is not None and now - self._forgot_at < _RETAIN_S:
             return
-        try:
-            decision = self._decide(pending, work)
-        except BitinglipError as error:
-            pending.error = error
-        except Exception:
-            # Decisions change nothing before they return, so a bug in one costs this command and no more.
-            log.exception("command_failed", command=type(pending.command).__name__)
-            pending.error = BitinglipError("an internal error; it has been logged")
-        else:
-            work.take(decision)
-            pending.answer = decision.reply
-
-    def _decide(self, pending: _Pending, work: Batch) -> Decision:
-        snapshot, now = self._snapshot, work.now
-        match pending.command:
-            case asks.SubmitTask() as command:
-                return self._submit(command, pending, now)
-            case asks.CancelTask() as command:
-                stored = pending.stored if isinstance(pending.stored, Task) else None
-                if command.task_id in work.ended:  # by this very batch
-                    stored, _ = work.ended[command.task_id]
-                return admit.cancel(snapshot, now, command, stored)
-            case asks.AssignModel() as command:
-                return place.assign(snapshot, now, command, f"assign-{self._entropy.token(_ENTROPY_BYTES)}")
-            case asks.UnloadModel() as command:
-                return place.unload(snapshot, now, command)
-            case asks.RestartWorker() as command:
-                return place.restart(snapshot, now, command)
-            case asks.Rebalance() as command:
-                rebalance_id = f"rebal-{self._entropy.token(_ENTROPY_BYTES)}"
-                return rebalance.rebalance(snapshot, now, command, rebalance_id)
-            case asks.DrainHost() as command:
-                return replan.drain_host(snapshot, now, command)
-            case asks.CreateKey() as command:
-                return keys.create(snapshot, command)
-            case asks.RevokeKey() as command:
-                return keys.revoke(snapshot, now, command)
-            case command:
-                return self._registrar.decide(command, now)
-
-    def _submit(self, command: asks.SubmitTask, pending: _Pending, now: float) -> Decision:
-        stored = pending.stored if isinstance(pending.stored, Idempotency) else None
-        first = admit.first_of(self._snapshot, command, stored)
-        if first is not None:
-            return Decision(reply=_First(first))
-        new_id = task_id(now, self._entropy.token(_ENTROPY_BYTES))
-        return admit.submit(self._snapshot, now, command, new_id, pending.size)
-
-    def _decide_report(self, message: Report, work: Batch) -> None:
-        try:
-            decision = record.report(self._snapshot, work.now, message)
-        except Exception:
-            # Decisions change nothing before they return, so a bug in one costs this report and no more.
-            log.exception("report_failed", report=type(message).__name__)
-        else:
-            work.take(decision)
-            if isinstance(message, WorkerReported):  # a restart may be over before the next tick
-                work.take(recover.announce(self._snapshot, work.now, [message.report.worker_id]))
-
-    def _decide_tick(self, work: Batch) -> None:
-        snapshot, now = self._snapshot, work.now
-        work.take(lose.wake(snapshot, now))
-        work.take(lose.lose(snapshot, now))
-        work.take(recover.time_out(snapshot, now))
-        work.take(recover.lost_attempts(snapshot, now))
-        work.take(recover.hopeless(snapshot, now))
-        work.take(place.reconcile(snapshot, now))
-        work.take(rebalance.advance(snapshot, now))
-        work.take(recover.announce(snapshot, now))
-        work.take(retain.forget_plans(snapshot))
-        work.take(self._registrar.tick(now))
-        if int(now) != self._sampled_at:
-            self._sampled_at = int(now)
-            work.take(replan.replan(snapshot, now, f"rebal-{self._entropy.token(_ENTROPY_BYTES)}"))
-            work.take(meter.sample_gauges(snapshot, now))
-            work.take(meter.roll_up(snapshot, now))
+        self._forgot_at = None
+        for _ in range(_FORGET_ROUNDS_MAX):
+            if not await self._forget_old_tasks():
+                self._forgot_at = now
+                return
 
     async def _forget_old_tasks(self) -> bool:
         """Retention: drop tasks that ended first, if they are beyond age or number. True: there may be more."""

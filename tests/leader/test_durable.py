@@ -147,6 +147,17 @@ async def test_old_and_surplus_tasks_are_forgotten(autojump_clock: Any) -> None:
         assert left == {LEADER_KEY, "worker", "event", "metric"}
 
 
+async def test_retention_looks_once_a_second(autojump_clock: Any) -> None:
+    """Each look is a read of the store, of a batch at most."""
+    store = MemoryStore()
+    await store.txn([], [put for n in range(500) for put in stored(n)])
+    async with leading(store, worker=False, retention_age_s=3_600.0):
+        await trio.sleep(1)
+        store.calls.clear()
+        await trio.sleep(10)
+        assert 9 <= len([kind for kind, _ in store.calls if kind == "range"]) <= 11
+
+
 async def test_retention_keeps_up_with_many(autojump_clock: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """More than a batch may be over at once, by age too."""
     store = MemoryStore()

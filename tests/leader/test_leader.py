@@ -8,7 +8,7 @@ import pytest
 import trio
 
 from peer import answers as answers_module
-from peer import leader as leader_module
+from peer import deciding
 from peer import limits
 from peer.errors import (
     Ambiguous,
@@ -300,8 +300,8 @@ async def test_a_bug_costs_one_command_or_report(
     async with leading() as rig:
         task = await rig.running()
         with monkeypatch.context() as patched:
-            patched.setattr(leader_module.record, "report", broken)
-            patched.setattr(leader_module.keys, "revoke", broken)
+            patched.setattr(deciding.record, "report", broken)
+            patched.setattr(deciding.keys, "revoke", broken)
             await rig.finish(task)
             with pytest.raises(BitinglipError, match="internal error"):
                 await rig.leader.call(asks.RevokeKey(key_id="k"))

@@ -90,12 +90,12 @@ def test_a_raising_engine_is_the_simulators_fault(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_tick_decides_in_the_leaders_order() -> None:
-    """`simulations.policy.shell` repeats what `peer.leader` does; this notices when one of them changes."""
-    tree = ast.parse((ROOT / "peer" / "leader.py").read_text())
+    """`simulations.policy.shell` repeats what `peer.deciding` does; this notices when one of them changes."""
+    tree = ast.parse((ROOT / "peer" / "deciding.py").read_text())
     functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
     asked = [
         call.func.attr
-        for call in ast.walk(functions["_decide_tick"])
+        for call in ast.walk(functions["tick"])
         if isinstance(call, ast.Call)
         and isinstance(call.func, ast.Attribute)
         and isinstance(call.func.value, ast.Name)  # a module of decisions
@@ -103,7 +103,7 @@ def test_the_tick_decides_in_the_leaders_order() -> None:
     ]
     known = [*(name for name, _ in TICK), "replan", *(name for name, _ in TICK_EACH_SECOND)]
     assert sorted(asked) == sorted(known)
-    lines = ast.unparse(functions["_decide_tick"])
+    lines = ast.unparse(functions["tick"])
     places = [lines.index(f".{name}(") for name in known]
     assert places == sorted(places)
 
