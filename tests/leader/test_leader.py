@@ -8,8 +8,7 @@ import pytest
 import trio
 
 from peer import answers as answers_module
-from peer import deciding
-from peer import limits
+from peer import deciding, limits
 from peer.errors import (
     Ambiguous,
     BitinglipError,
