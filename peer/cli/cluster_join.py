@@ -54,7 +54,12 @@ def init(
         raise CliError(f"--cluster: expected 1 to {NAME_CHARS_MAX} printable characters", Exit.USAGE)
     _check_addresses(addresses)
     directory = _directory(data_dir)
-    peer_id = _guarded(directory, lambda: _init(directory, cluster, addresses))
+    peer_id, own = _guarded(directory, lambda: _init(directory, cluster, addresses))
+    if own and not addresses and _only_here(own):
+        say(f"warning: the certificate names {', '.join(own)} only, where no other host reaches this one")
+        say(
+            f"  before the first start: rm -r {directory / 'cluster'}, then init again with --advertise ADDRESS"
+        )
     if as_json:
         emit_object({"peer_id": peer_id, "cluster": cluster, "data_dir": str(directory)})
         return
@@ -68,7 +73,8 @@ def init(
         say("then, for each further host: bitinglip token")
 
 
-def _init(directory: Path, cluster: str | None, addresses: tuple[str, ...]) -> str:
+def _init(directory: Path, cluster: str | None, addresses: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+    """The peer's name, and what its certificate is for; that is empty without a cluster."""
     import trio
 
     from peer import identity
@@ -78,10 +84,11 @@ def _init(directory: Path, cluster: str | None, addresses: tuple[str, ...]) -> s
     identity.make_folder(directory)
     with identity.exclusive(directory):
         peer_id = identity.peer_id(directory)
-        if cluster is not None:
-            own = addresses or (own_address(), *trio.run(own_names))
-            ClusterFiles(directory).found(cluster, peer_id, own, time.time())
-    return peer_id
+        if cluster is None:
+            return peer_id, ()
+        own = addresses or (own_address(), *trio.run(own_names))
+        ClusterFiles(directory).found(cluster, peer_id, own, time.time())
+    return peer_id, own
 
 
 @click.command()
@@ -250,6 +257,15 @@ def parse_host(text: str) -> tuple[str, int]:
         return split_bind(text if ":" in text else f"{text}:{PORT_DEFAULT}")
     except ValueError as error:
         raise CliError(f"HOST: {error}", Exit.USAGE) from None
+
+
+def _only_here(own: tuple[str, ...]) -> bool:
+    """Whether others are sent to a loopback address: the first one is what they are told."""
+    import ipaddress
+
+    with suppress(ValueError):
+        return ipaddress.ip_address(own[0]).is_loopback
+    return False
 
 
 def _check_addresses(addresses: tuple[str, ...]) -> None:

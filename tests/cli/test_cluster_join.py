@@ -61,9 +61,21 @@ def test_init_finds_out_this_hosts_address(run: Run, tmp_path: Path, monkeypatch
         own_addresses, "_OUTSIDE", ((socket.AF_INET, "127.0.0.77"),)
     )  # by way of the loopback
     monkeypatch.setattr(socket, "gethostname", lambda: "ip6-localhost.invalid")
-    assert run("init", "--cluster", "c").code == 0
+    ran = run("init", "--cluster", "c")
+    assert ran.code == 0
     assert ClusterFiles(tmp_path / "data").credentials().addresses == (own_addresses.own_address(),)
     assert own_addresses.own_address().startswith("127.")
+    assert "warning" in ran.err
+    assert "--advertise" in ran.err
+
+
+def test_init_does_not_warn_of_an_address_that_others_reach(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_addresses, "own_address", lambda: "10.0.0.7")
+    assert "warning" not in run("init", "--cluster", "c").err
+    asked = run("init", "--cluster", "c", "--advertise", "127.0.0.1", "--data-dir", str(tmp_path / "asked"))
+    assert (asked.code, "warning" in asked.err) == (0, False)
 
 
 def test_this_hosts_address_and_name(monkeypatch: pytest.MonkeyPatch) -> None:
