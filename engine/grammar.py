@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 Tokens = npt.NDArray[np.int64]
 SCHEMA_BYTES_MAX = 64 * 1024
 SCHEMA_DEPTH_MAX = 64
+_POWERS_OF_TEN = frozenset(float(f"1e{exponent}") for exponent in range(-9, 10))
 _SPACING: JsonCompileOptions = {
     "whitespace_flexible": False,
     "item_separator": ", ",
@@ -110,7 +111,30 @@ class _Spelling:
                 left -= len(self.tokens[ids[at]])
             if b"".join(self.tokens[token] for token in ids[at:]) == text.encode():
                 return ids[at:]
-        return []
+        return self._longest(text.encode())
+
+    def _longest(self, text: bytes) -> list[int]:
+        """By the longest token each time, as far as there are any: for what the tokenizer itself would change."""
+        found, at = [], 0
+        while at < len(text):
+            ends = range(min(len(text), at + self._longest_piece), at, -1)
+            token = next(
+                (self._by_piece[text[at:end]] for end in ends if text[at:end] in self._by_piece), None
+            )
+            if token is None:
+                break
+            found.append(token)
+            at += len(self.tokens[token])
+        return found
+
+    @cached_property
+    def _by_piece(self) -> dict[bytes, int]:
+        special = set(self.special_token_ids)
+        return {piece: token for token, piece in enumerate(self.tokens) if token not in special}
+
+    @cached_property
+    def _longest_piece(self) -> int:
+        return max(map(len, self.tokens))
 
 
 def _refusal(matcher: LLMatcher) -> RunError:
@@ -127,25 +151,30 @@ def _schema(response_format: Any) -> str:
     if not isinstance(schema, Mapping):
         text = 'response_format must be {"type": "json_object"} or {"type": "json_schema", "schema": {...}}'
         raise RunError("bad_parameters", text)
-    if _deeper(schema, SCHEMA_DEPTH_MAX):
-        text = f"response_format.schema is nested more than {SCHEMA_DEPTH_MAX} deep"
-        raise RunError("bad_parameters", text)
-    encoded = msgspec.json.encode(schema)
-    if len(encoded) > SCHEMA_BYTES_MAX:
-        raise RunError("bad_parameters", f"response_format.schema has more than {SCHEMA_BYTES_MAX} bytes")
-    return encoded.decode()
+    problem = _problem(schema)
+    if problem:
+        raise RunError("bad_parameters", f"response_format.schema {problem}")
+    return msgspec.json.encode(schema).decode()
 
 
-def _deeper(schema: Any, most: int) -> bool:
-    """Whether it is nested deeper than `most`."""
-    level: Iterable[Any] = [schema]
-    for _ in range(most):
-        level = [
-            child
-            for node in level
-            if isinstance(node, Mapping | list)
-            for child in (node.values() if isinstance(node, Mapping) else node)
+def _problem(schema: Mapping[str, Any]) -> str:
+    """Why it is not even tried, or ""."""
+    level: list[Any] = [schema]
+    for _ in range(SCHEMA_DEPTH_MAX):
+        multiples = [
+            node["multipleOf"] for node in level if isinstance(node, Mapping) and "multipleOf" in node
         ]
+        for step in multiples:  # of others the library makes as many states as they have common multiples
+            if isinstance(step, int | float) and step not in _POWERS_OF_TEN:
+                return f"has multipleOf {step}: only powers of ten are served"
+        level = [child for node in level for child in _children(node)]
         if not level:
-            return False
-    return True
+            size = len(msgspec.json.encode(schema))
+            return f"has {size} bytes, at most {SCHEMA_BYTES_MAX}" if size > SCHEMA_BYTES_MAX else ""
+    return f"is nested more than {SCHEMA_DEPTH_MAX} deep"
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, Mapping):
+        return node.values()
+    return node if isinstance(node, list) else ()
