@@ -29,6 +29,7 @@ QUICK_KILLS, QUICK_CUTS = 3, 1
 GAP_S_MAX = 60.0
 PAUSE_S = 0.02
 BEGIN_S_MAX = 10.0
+WAIT_S_MAX = stores.LEASE_S_MAX + BEGIN_S_MAX
 PHASES = ("leader_lost", "deposing", "elected", "leading")
 
 
@@ -40,6 +41,7 @@ class Gap:
     gap_s: float = 0.0
     lease_s: float = 0.0
     store_led: bool = False  # the host had the leader of the store's own elections, too
+    store_s: float = 0.0  # until the store had another one, if so
     phases: dict[str, float] = field(default_factory=dict)
 
 
@@ -76,9 +78,16 @@ def _round(
 ) -> Gap:
     leader = made.leader()
     survivor = next(member for member in made.members if member is not leader)
-    gap = Gap(fault, store_led=stores.leader(survivor) == leader.host.name)
+    store_leader = stores.leader(survivor)
+    gap = Gap(fault, store_led=store_leader == leader.host.name)
     strike = prepare(made, leader)
-    with _lease(survivor) as lease_ended:
+    begun = threading.Event()
+    with (
+        _meanwhile(lambda: stores.await_lease_end(survivor, LEASE_TTL_S, begun.set)) as lease_ended,
+        _meanwhile(lambda: stores.await_next_leader(survivor, store_leader), gap.store_led) as store_led,
+    ):
+        if not begun.wait(BEGIN_S_MAX):
+            raise Missing("no lease was granted")
         struck_at = time.time()
         began = time.monotonic()
         strike()
@@ -91,9 +100,11 @@ def _round(
             if gap.gap_s > GAP_S_MAX:
                 raise Missing(f"nothing is acknowledged {gap.gap_s:.0f} s after the fault: {status} {body}")
             time.sleep(PAUSE_S)
+        gap.store_s = store_led() - began if gap.store_led else 0.0
         gap.lease_s = lease_ended() - began
     gap.phases = _phases(made, leader, struck_at)
-    say(f"leader {leader.host.name} {fault}: {gap.gap_s:.2f} s, lease {gap.lease_s:.2f} s, {gap.phases}")
+    told = f"lease {gap.lease_s:.2f} s, etcd's own election {gap.store_s:.2f} s, {gap.phases}"
+    say(f"leader {leader.host.name} {fault}: {gap.gap_s:.2f} s, {told}")
     if fault == "killed":
         leader.host.kill_all()
     made.settle()
@@ -101,29 +112,24 @@ def _round(
 
 
 @contextmanager
-def _lease(member: Member) -> Iterator[Callable[[], float]]:
-    """A lease that was just kept alive; what is yielded waits for its end and tells when that was."""
-    begun = threading.Event()
-    ended: list[float] = []
+def _meanwhile(call: Callable[[], float], wanted: bool = True) -> Iterator[Callable[[], float]]:
+    """The call goes on during the body; what is yielded waits for it and hands its result over."""
+    done: list[float] = []
+    thread = threading.Thread(target=lambda: done.append(call()))
 
-    def wait() -> None:
-        ended.append(stores.await_lease_end(member, LEASE_TTL_S, begun.set))
+    def result() -> float:
+        thread.join(WAIT_S_MAX)
+        if not done:
+            raise Missing("the store did not tell what was waited for")
+        return done[0]
 
-    thread = threading.Thread(target=wait)
-    thread.start()
+    if wanted:
+        thread.start()
     try:
-        if not begun.wait(BEGIN_S_MAX):
-            raise Missing("no lease was granted")
-
-        def wait_for_end() -> float:
-            thread.join(stores.LEASE_S_MAX)
-            if not ended:
-                raise Missing("the lease was not seen to end")
-            return ended[0]
-
-        yield wait_for_end
+        yield result
     finally:
-        thread.join(stores.LEASE_S_MAX + BEGIN_S_MAX)
+        if wanted:
+            thread.join(WAIT_S_MAX)
 
 
 def _phases(made: Cluster, leader: Member, struck_at: float) -> dict[str, float]:
@@ -154,4 +160,14 @@ def _rows(found: list[Gap]) -> list[Row]:
         rows.append(Row(f"{name}, median", median(ours), median(leases), "s", beside, goals[0], note))
         worst = f"{name}, worst of {len(rounds)}"
         rows.append(Row(worst, max(ours, default=None), max(leases, default=None), "s", beside, goals[1]))
+    elections = [gap.store_s for gap in found if gap.store_led]
+    rows.append(Row("of a failover, until etcd has a leader, median", median(elections), None, "s"))
+    rows.append(
+        Row(
+            f"of a failover, until etcd has a leader, worst of {len(elections)}",
+            max(elections, default=None),
+            None,
+            "s",
+        )
+    )
     return rows

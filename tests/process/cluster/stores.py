@@ -24,6 +24,7 @@ PIECE_BYTES: Final = 1024 * 1024
 SWELL_S_MAX: Final = 30.0
 LEASED_KEY: Final = "of-a-test/leased"
 LEASE_S_MAX: Final = 60.0
+LEADER_POLL_S: Final = 0.02
 PAUSE_S: Final = 0.2
 
 _NONE: Final = [Delete(key) for key in KEYS]
@@ -94,6 +95,22 @@ def leader(member: Member) -> str:
 
     with _address(member) as address:
         return trio.run(ask, address)
+
+
+def await_next_leader(member: Member, old: str) -> float:
+    """The monotonic time at which this host's member names another leader of the store's own elections than `old`."""
+
+    async def wait(address: str) -> float:
+        async with _opened(address) as store:
+            named = {each.member_id: each.name for each in await store.client.members()}
+            with trio.fail_after(LEASE_S_MAX):
+                while True:
+                    if named.get((await store.client.status()).leader, "") not in ("", old):
+                        return time.monotonic()
+                    await trio.sleep(LEADER_POLL_S)
+
+    with _address(member) as address:
+        return trio.run(wait, address)
 
 
 def await_lease_end(member: Member, ttl_s: float, begun: Callable[[], None]) -> float:
