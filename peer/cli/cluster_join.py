@@ -56,7 +56,7 @@ def init(
     directory = _directory(data_dir)
     peer_id, own = _guarded(directory, lambda: _init(directory, cluster, addresses))
     if own and not addresses and _only_here(own):
-        say(f"warning: the certificate names {', '.join(own)} only, where no other host reaches this one")
+        say(f"warning: no way to the outside was found, so other hosts would be sent to {own[0]}")
         say(
             f"  before the first start: rm -r {directory / 'cluster'}, then init again with --advertise ADDRESS"
         )
