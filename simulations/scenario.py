@@ -23,7 +23,8 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     """One request of a client or owner, sent to `peer` at `at_s` whatever became of earlier ones."""
 
     at_s: float
-    kind: str  # submit, get, wait, cancel, list, events, stream, assign, unload, rebalance, restart
+    kind: str  # submit, get, wait, cancel, list, events, stream, assign, unload, rebalance, restart, drain, undrain,
+    # transfer
     peer: str
     client: int = 0
     task: int = -1  # the submit that it is about: its place in `Scenario.ops`
@@ -33,6 +34,7 @@ class Op(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, 
     priority: int = 5
     key: str = ""  # idempotency key
     worker: str = ""
+    host: str = ""  # to drain
     vanish_s: float = 0.0  # the client gives up after so long; 0: never
 
 
@@ -47,4 +49,6 @@ class Scenario(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     models: int = 3
     faults: tuple[Fault, ...] = ()
     ops: tuple[Op, ...] = ()
+    rebalance: str = ""  # the strategy by which the leader plans by itself
+    grows: bool = False  # the first host alone begins the store, and the leader makes the voters
     upgraded: tuple[str, ...] = ()  # peers that run the next wire version from the beginning

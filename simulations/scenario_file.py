@@ -15,6 +15,7 @@ from typing import Final
 import msgspec
 import yaml
 
+from peer.decide.rebalance import COSTS
 from peer.errors import ConfigError
 from peer.settings import nearest
 from peer.version import VERSION
@@ -31,9 +32,11 @@ TRACE_FORMAT: Final = 1
 TRACE_BYTES_MAX: Final = 64 << 20
 OP_KINDS: Final = (
     "submit", "get", "wait", "cancel", "list", "events", "stream", "assign", "unload", "rebalance", "restart",
+    "drain", "undrain", "transfer",
 )  # fmt: skip
 _ABOUT_A_TASK: Final = frozenset({"get", "wait", "cancel", "stream"})
 _ABOUT_A_MODEL: Final = frozenset({"submit", "assign", "unload"})
+_ABOUT_A_HOST: Final = frozenset({"drain", "undrain"})
 
 # What a fault needs as targets, by what its kind says of them: (how many at least, at the most).
 _TARGETS: Final[Mapping[str, tuple[int, int]]] = {
@@ -65,6 +68,8 @@ def parse_scenario(data: bytes, name: str, kinds: Kinds | None = None) -> Scenar
             "gpus": y.whole(1, GPUS_MAX),
             "models": y.whole(1, MODELS_MAX),
             "duration": y.seconds(1.0, DURATION_S_MAX),
+            "rebalance": y.one_of(tuple(COSTS)),
+            "grows": y.one_of(("true", "false")),
             "upgraded": y.list_of(file.peer, HOSTS_MAX),
             "load": y.list_of(file.load, 100),
             "faults": y.list_of(file.fault, FAULTS_MAX),
@@ -84,6 +89,8 @@ def parse_scenario(data: bytes, name: str, kinds: Kinds | None = None) -> Scenar
         fault_s=top["duration"],
         models=file.models,
         faults=tuple(sorted(top.get("faults", ()), key=lambda fault: fault.at_s)),
+        rebalance=top.get("rebalance", ""),
+        grows=top.get("grows") == "true",
         upgraded=top.get("upgraded", ()),
     )
     ops = _in_order([*top.get("ops", ()), *_arrivals(top.get("load", ()), scenario)], reader)
@@ -252,6 +259,7 @@ class _File:
                 "priority": y.whole(1, 10),
                 "key": y.text,
                 "worker": self.worker,
+                "host": self.peer,
                 "vanish": y.seconds(0.0, 86_400.0),
             },
             needed=("at", "kind", "peer"),
@@ -259,7 +267,7 @@ class _File:
         if not {"at", "kind", "peer"} <= found.keys():
             return None
         kind: str = found["kind"]
-        for key, kinds in (("task", _ABOUT_A_TASK), ("model", _ABOUT_A_MODEL)):
+        for key, kinds in (("task", _ABOUT_A_TASK), ("model", _ABOUT_A_MODEL), ("host", _ABOUT_A_HOST)):
             if kind in kinds and key not in found:
                 reader.mistake(node, path, f"`{kind}` needs `{key}`")
         op = Op(
@@ -273,6 +281,7 @@ class _File:
             priority=found.get("priority", 5),
             key=found.get("key", ""),
             worker=found.get("worker", ""),
+            host=found.get("host", ""),
             vanish_s=found.get("vanish", 0.0),
         )
         return _Named(op, found.get("name", ""), found.get("task", ""), node, path)

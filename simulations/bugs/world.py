@@ -18,7 +18,7 @@ from msgspec.structs import replace as changed
 
 from peer import cluster_peer, establish, routing
 from peer.adapters.fenced_commits import FencedCommits
-from peer.decide import admit, elect, record, retain, schedule
+from peer.decide import admit, elect, place, rebalance, record, retain, schedule, voters, workers
 from peer.decide.decision import Decision
 from peer.decide.elect import Depose
 from peer.election import Election, Leadership
@@ -272,6 +272,36 @@ def _finished_keys_forgotten(snapshot: Snapshot, command: Any, stored: Any) -> s
     return _first_of(snapshot, command, None)
 
 
+# ---------------------------------------------------------------- hosts and voters
+
+_lasted = voters._State.lasted
+
+
+async def _knock_takes_all_for_death(self: Any, peer_id: str, leader: Leader) -> None:
+    """Any dial that fails says that the peer's process has ended."""
+    address = self.membership.address(peer_id)
+    if address is None:
+        return
+    try:
+        connection = await self._network.dial(peer_id, address)
+    except Unavailable:
+        leader.linked(peer_id, False, dead=True)
+    else:
+        await connection.aclose()
+
+
+def _away_is_dead(self: Any, what: str, whose: str | int, seconds: float) -> bool:
+    return _lasted(self, what, whose, 0.0 if what == "away" else seconds)
+
+
+def _dead_voters_stay(self: Any) -> None:
+    return None
+
+
+def _nobody_leaves(snapshot: Snapshot, worker_id: str) -> bool:
+    return False
+
+
 BUGS: Final[Mapping[str, Bug]] = MappingProxyType(
     {
         "no_silence_guard": Bug("evidence alone deposes a leader", ((elect, "candidate", _no_guard),)),
@@ -337,6 +367,25 @@ BUGS: Final[Mapping[str, Bug]] = MappingProxyType(
         "events_resumed_early": Bug(
             "a reader gets an event twice at a failover",
             ((routing.RoutedCluster, "_all_events", _events_resumed_early),),
+        ),
+        "dials_in_vain_are_deaths": Bug(
+            "a leader takes every dial that fails for a process that has ended",
+            ((cluster_peer.ClusterPeer, "_knock", _knock_takes_all_for_death),),
+        ),
+        "drained_hosts_get_loads": Bug(
+            "models are loaded on a host that is to be emptied",
+            (
+                (workers, "leaves", _nobody_leaves),
+                (place, "leaves", _nobody_leaves),
+                (rebalance, "leaves", _nobody_leaves),
+            ),
+        ),
+        "voters_removed_below_quorum": Bug(
+            "a voter that is away is removed at once, however few are left",
+            ((voters._State, "lasted", _away_is_dead), (voters, "quorum", lambda voters: 0)),
+        ),
+        "dead_voters_stay": Bug(
+            "a voter that is gone is never replaced", ((voters._State, "_replace_dead", _dead_voters_stay),)
         ),
         "wakes_nobody": Bug("who waits for a beat is not woken", ((Leadership, "renewed", _wakes_nobody),)),
     }

@@ -80,6 +80,9 @@ class Clients:
             "unload": self._owner,
             "rebalance": self._owner,
             "restart": self._owner,
+            "drain": self._owner,
+            "undrain": self._owner,
+            "transfer": self._transfer,
         }
 
     @property
@@ -119,6 +122,10 @@ class Clients:
             for _ in range(POLLS_AT_ONCE):
                 nursery.start_soon(poll)
         await self._readers.read_all()
+
+    def leave_out(self, peer_id: str) -> None:
+        """That host is gone for ever: nobody is asked there any more."""
+        self._peers.remove(peer_id)  # the readers' list as well
 
     def check(self) -> None:
         """Raises InvariantViolated unless what was seen of each task is linearizable."""
@@ -216,6 +223,9 @@ class Clients:
                 self.history.submit(client, op.key, began, None, None)
                 raise
             outcome = outcome_of(answer.view, replayed=answer.replayed)
+            if answer.replayed and outcome.task_id not in self.parameters:
+                # Nobody was told of the first: it may be this one's own, which its peer has sent twice.
+                self.history.submit(client, op.key, began, None, None)
             self.history.submit(client, op.key, began, self._stamp(), outcome)
             self._accept(place, answer, command)
             return None
@@ -369,6 +379,29 @@ class Clients:
         await self._try(op, once)
 
 
+    async def _transfer(self, place: int, op: Op) -> None:
+        """As the API does: the one that leads now is to lead no more."""
+
+        async def once(peer_id: str) -> Problem | None:
+            try:
+                status: asks.ClusterStatus = await self._door.ask(peer_id, asks.GetStatus(), PATIENCE_S)
+                wish = asks.TransferLeadership(epoch=status.epoch)
+                led: asks.Led = await self._door.ask(peer_id, wish, PATIENCE_S)
+            except (BitinglipError, NoAnswer) as error:
+                self._require_sane(error, op.kind)
+                if isinstance(error, BitinglipError) and error.status != 503:
+                    self._counted["transfer_refused"] += 1
+                    return None
+                return error
+            self._checked["a_transfer_ends_an_epoch"] += 1
+            if led.epoch <= status.epoch:
+                self._world.violated("a_transfer_ends_an_epoch", f"{led.epoch} was to follow {status.epoch}")
+            self._counted["transfer_accepted"] += 1
+            return None
+
+        await self._try(op, once)
+
+
 def _wish(op: Op) -> asks.Command:
     """What an owner asks for; `tokens` 1: with force."""
     workers = (op.worker,) if op.worker else ()
@@ -381,5 +414,7 @@ def _wish(op: Op) -> asks.Command:
             return asks.UnloadModel(model_name=op.model, worker_ids=workers, force=op.tokens > 0)
         case "restart":
             return asks.RestartWorker(worker_id=op.worker)
+        case "drain" | "undrain":
+            return asks.DrainHost(name=op.host, undo=op.kind == "undrain", by="operator")
         case _:
             return asks.Rebalance(strategy="load_balanced", force=op.tokens > 0, dry_run=op.key == "dry")

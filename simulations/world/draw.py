@@ -7,7 +7,7 @@ import random
 from msgspec.structs import replace
 
 from simulations.scenario import Fault, Scenario
-from simulations.world.faults import KINDS, kind
+from simulations.world.faults import KINDS, LATER, kind
 from simulations.world.workload import draw_ops
 
 HOSTS = (3, 3, 3, 4, 4, 5, 5, 6, 7)  # as often as it is listed
@@ -16,6 +16,8 @@ CALM = 0.05  # of all runs know no fault at all
 KNOWN = 0.25  # of the kinds, in the others
 FAULTS_PER_MINUTE = (0.5, 14.0)  # of the cluster, in all
 LEADERS = 3.0  # so many times as likely: what happens to a leader matters most
+PLANS_ITSELF = 0.5  # of the runs have a leader that plans anew after hosts came or went
+GROWS = 0.2  # of them begin with one voter
 BURST = 0.15  # of the runs have their faults close together
 
 
@@ -34,16 +36,41 @@ def draw(seed: int, *, hosts: int | None = None, fault_s: float | None = None) -
         models=rng.randint(1, 4),
         upgraded=tuple(peer for peer in peers if rng.random() < 0.5) if rng.random() < 0.2 else (),
     )
+    scenario = _later(scenario)
     ops = draw_ops(rng, scenario, peers)
-    return replace(scenario, faults=draw_faults(rng, scenario, peers), ops=ops)
+    faults = draw_faults(rng, scenario, peers)
+    if faults:
+        faults = tuple(sorted((*faults, *_later_faults(scenario, peers)), key=lambda fault: fault.at_s))
+    return replace(scenario, faults=faults, ops=ops)
+
+
+def _later(scenario: Scenario) -> Scenario:
+    """Drawn by a chance of its own, so that all else of a seed stays what it was."""
+    rng = random.Random(f"{scenario.seed}/later")
+    strategy = "load_balanced" if rng.random() < PLANS_ITSELF else ""
+    return replace(scenario, rebalance=strategy, grows=scenario.hosts >= 3 and rng.random() < GROWS)
+
+
+def _later_faults(scenario: Scenario, peers: tuple[str, ...]) -> list[Fault]:
+    rng = random.Random(f"{scenario.seed}/later faults")
+    found: list[Fault | None] = []
+    for name in LATER:
+        if name == "voter_lost_for_ever":
+            if scenario.grows and scenario.hosts > 3:
+                at_s = rng.uniform(0.2, 0.8) * scenario.fault_s
+                found.append(_one(rng, name, at_s, scenario, peers))
+        elif rng.random() < KNOWN:
+            for _ in range(rng.randint(1, 4)):
+                found.append(_one(rng, name, rng.uniform(3.0, scenario.fault_s), scenario, peers))
+    return [fault for fault in found if fault is not None]
 
 
 def draw_faults(rng: random.Random, scenario: Scenario, peers: tuple[str, ...]) -> tuple[Fault, ...]:
     if rng.random() < CALM:
         return ()
-    names = [name for name in KINDS if rng.random() < KNOWN * (2 if "leader" in name else 1)] or [
-        rng.choice(list(KINDS))
-    ]
+    names = [
+        name for name in KINDS if name not in LATER and rng.random() < KNOWN * (2 if "leader" in name else 1)
+    ] or [rng.choice([name for name in KINDS if name not in LATER])]
     weights = [10.0 ** rng.uniform(-1.0, 0.0) * (LEADERS if "leader" in name else 1.0) for name in names]
     low, high = FAULTS_PER_MINUTE
     rate = low * (high / low) ** rng.random() * max(1.0, (scenario.hosts / 5) ** 0.5)

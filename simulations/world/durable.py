@@ -49,7 +49,8 @@ class Durable:
     first_event: int = 1
     epoch: int = 0
     writers: dict[int, str] = field(default_factory=dict)  # by epoch
-    requeues: int = 0
+    leaving: dict[str, float] = field(default_factory=dict)  # hosts that are to be emptied, since
+    on_requeue: Callable[[Task, Task], None] = lambda before, after: None
 
     def applied(self, revision: int, writes: Sequence[Write], epoch: int | None, peer_id: str) -> None:
         """Called by the store's model for each transaction, in order. Raises InvariantViolated."""
@@ -75,6 +76,10 @@ class Durable:
                     self._key(write.key, value)
                 case "event":
                     self._event(write.key, value)
+                case "leaving" if value is None:
+                    self.leaving.pop(write.key[8:], None)
+                case "leaving":
+                    self.leaving[write.key[8:]] = self.now()
         for key in dropped:
             if key.task_id in self.tasks:
                 self._violated("idempotency_keys_hold", f"the key of {key.task_id} went before its task")
@@ -157,8 +162,8 @@ class Durable:
         if after.attempt < before.attempt:
             self._violated("attempts_grow", f"{before.task_id}: attempt {before.attempt} -> {after.attempt}")
         if after.status is Status.QUEUED and before.status is not Status.QUEUED:
-            self.requeues += 1
             self.sometimes["task_requeued"] += 1
+            self.on_requeue(before, after)
         self.checks["strikes_within_limit"] += 1
         if after.strikes > ATTEMPTS_MAX:
             self._violated("strikes_within_limit", f"{before.task_id} has {after.strikes} strikes")

@@ -25,8 +25,10 @@ from simulations.world.host import SimHost
 from simulations.world.kernel import World
 from simulations.world.network import SimNetwork
 from simulations.world.store import EtcdModel
+from simulations.world.voting import SimRoster
 
 RESTART_S_MIN: Final = 1.0
+VOTERS: Final = 3  # as many as are made by themselves
 WRONG: Final = get_args(Wrong)
 
 
@@ -88,7 +90,8 @@ _DETAILS: Final[Mapping[str, Kind]] = MappingProxyType(
                                   (2, 30), (0.05, 0.5)),
         "store_slow": Kind("strength: calls take so many times as long", "none", (2, 30), (5, 150)),
         "store_compaction": Kind("all history is compacted", "none"),
-        "store_no_space": Kind("the store refuses what puts", "none", (1, 10)),
+        "store_no_space": Kind("the store refuses what puts; strength from 0.5: and may have done it", "none", (1, 10),
+                               (0, 1)),
         "lease_keepalives_lost": Kind("strength: the chance of each", "none", (5, 30), (0.3, 1)),
         "gossip_late": Kind("strength: news takes so many seconds more to reach the peer", "peer", (5, 40), (2, 20)),
         "gossip_says_dead": Kind("a living peer is called failed", "peer", (3, 30)),
@@ -107,8 +110,13 @@ _DETAILS: Final[Mapping[str, Kind]] = MappingProxyType(
         "fetch_fails": Kind("the next download fails", "peer"),
         "device_overheats": Kind("strength: degrees Celsius", "engine", (5, 60), (85, 115)),
         "foreign_memory": Kind("strength: GiB that another program takes", "engine", (5, 60), (1, 14)),
+        "port_rejects": Kind("a firewall refuses connections to a living peer, and breaks open ones", "peer", (1, 20)),
+        "store_leader_dies": Kind("the store's own leader ends; what was sent to it is lost", "none", (2, 20)),
+        "voter_lost_for_ever": Kind("a voter's host never comes back; only where voters are made, and a spare is there",
+                                    "none", mark="down"),
     }
 )  # fmt: skip
+LATER: Final = ("port_rejects", "store_leader_dies", "voter_lost_for_ever")  # drawn apart from the others
 KINDS: Final[Mapping[str, str]] = MappingProxyType({name: kind.says for name, kind in _DETAILS.items()})
 
 
@@ -131,6 +139,7 @@ class Injector:
         gossip: SimGossip,
         store: EtcdModel,
         leader: Callable[[], str],
+        roster: SimRoster | None = None,
     ) -> None:
         self._world = world
         self._hosts = hosts
@@ -138,6 +147,7 @@ class Injector:
         self._gossip = gossip
         self._store = store
         self._leader = leader
+        self._roster = roster
         self._rng = world.rng("faults")
         self._down: dict[str, int] = {}  # how many faults hold it down
         self.injected: Counter[str] = Counter()
@@ -174,6 +184,8 @@ class Injector:
             if host.incarnation is not None:
                 host.incarnation.thaw()
             host.start()
+            if host.gone:
+                self._store.member_down(host.peer_id)
 
     async def _at(self, fault: Fault) -> None:
         await trio.sleep_until(fault.at_s)
@@ -227,6 +239,8 @@ class Injector:
 
     async def _lost_disk(self, fault: Fault, targets: tuple[str, ...]) -> None:
         host = self._hosts[targets[0]]
+        if self._roster is not None and not self._can_spare(host.peer_id, self._roster):
+            return
         host.kill(power=True)
         host.lose_disk()
         if host.voter:
@@ -244,7 +258,7 @@ class Injector:
         if fault.strength < 0.5:
             return
         self._network.isolate(host.peer_id, for_s=fault.for_s)
-        if host.voter:
+        if host.voter or self._roster is not None:
             self._store.member_frozen(host.peer_id, True)
             await trio.sleep(fault.for_s)
             self._store.member_frozen(host.peer_id, False)
@@ -263,7 +277,37 @@ class Injector:
     async def _join(self, fault: Fault, targets: tuple[str, ...]) -> None:
         self._hosts[targets[0]].start()
 
+    # ---------------------------------------------------------------- voters that are made
+
+    async def _voter_lost_for_ever(self, fault: Fault, targets: tuple[str, ...]) -> None:
+        roster = self._roster
+        there = [name for name, host in self._hosts.items() if not host.gone]
+        if roster is None or len(there) <= len(roster.voters) or len(roster.voters) < VOTERS:
+            return
+        name = self._rng.choice(roster.voters)
+        if self._can_spare(name, roster):
+            self._hosts[name].gone = True
+            self._hosts[name].kill(power=True)
+            self._world.count("a voter is lost for ever")
+
+    def _can_spare(self, name: str, roster: SimRoster) -> bool:
+        """Whether the voters that still have their data are a majority without this one: else all is lost by rights."""
+        if name not in roster.voters:
+            return True
+        rest = [each for each in roster.with_data(self._hosts) if each != name]
+        return 2 * len(rest) > len(roster.voters)
+
+    def _member_back(self, name: str) -> None:
+        """Where voters are made, etcd runs as long as its peer does."""
+        if self._roster is None or self._hosts[name].up:
+            self._store.member_up(name)
+
     # ---------------------------------------------------------------- links
+
+    async def _port_rejects(self, fault: Fault, targets: tuple[str, ...]) -> None:
+        self._network.reject(targets[0], True)
+        await trio.sleep(fault.for_s)
+        self._network.reject(targets[0], False)
 
     async def _partition(self, fault: Fault, targets: tuple[str, ...]) -> None:
         self._network.partition([targets], for_s=fault.for_s)
@@ -282,7 +326,7 @@ class Injector:
         self._network.cut(*_pair(targets), for_s=fault.for_s)
 
     async def _leader_link_cut(self, fault: Fault, targets: tuple[str, ...]) -> None:
-        others = [name for name, host in self._hosts.items() if host.voter and name != targets[0]]
+        others = [name for name in self._store.voting if name != targets[0]]
         if others:
             self._network.cut(targets[0], self._rng.choice(others), for_s=fault.for_s)
 
@@ -337,12 +381,19 @@ class Injector:
     async def _store_member_down(self, fault: Fault, targets: tuple[str, ...]) -> None:
         self._store.member_down(targets[0])
         await trio.sleep(fault.for_s)
-        self._store.member_up(targets[0])
+        self._member_back(targets[0])
+
+    async def _store_leader_dies(self, fault: Fault, targets: tuple[str, ...]) -> None:
+        leader = self._store.leader
+        if leader:
+            self._store.member_down(leader)
+            await trio.sleep(fault.for_s)
+            self._member_back(leader)
 
     async def _store_fsync_error(self, fault: Fault, targets: tuple[str, ...]) -> None:
         self._store.fsync_error(targets[0])
         await trio.sleep(fault.for_s)
-        self._store.member_up(targets[0])
+        self._member_back(targets[0])
 
     async def _store_member_frozen(self, fault: Fault, targets: tuple[str, ...]) -> None:
         self._store.member_frozen(targets[0], True)
@@ -368,7 +419,7 @@ class Injector:
         self._store.compact_all()
 
     async def _store_no_space(self, fault: Fault, targets: tuple[str, ...]) -> None:
-        self._store.no_space(True)
+        self._store.no_space(True, 0.5 if fault.strength >= 0.5 else 0.0)
         await trio.sleep(fault.for_s)
         self._store.no_space(False)
 

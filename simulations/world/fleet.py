@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from peer.decide.voters import Bounds
@@ -11,7 +12,7 @@ from peer.routing import RoutedCluster
 from simulations.scenario import Scenario
 from simulations.world.cards import catalogue, profile
 from simulations.world.gossip import SimGossip
-from simulations.world.host import Shared, SimHost
+from simulations.world.host import POLICY, Shared, SimHost
 from simulations.world.kernel import World
 from simulations.world.network import SimNetwork
 from simulations.world.store import EtcdModel
@@ -47,7 +48,15 @@ class Fleet:
         self.roster = SimRoster(self.store, names[0]) if grows is not None else None
         models = catalogue(scenario.models)
         shared = Shared(
-            world, self.store, self.network, self.gossip, models, profile(models), self.roster, grows
+            world,
+            self.store,
+            self.network,
+            self.gossip,
+            models,
+            profile(models),
+            self.roster,
+            grows,
+            replace(POLICY, auto_rebalance=scenario.rebalance),
         )
         self.hosts = {
             name: SimHost(shared, name, voter=name in voters, gpus=scenario.gpus, on_order=on_order)
@@ -81,6 +90,10 @@ class Fleet:
         if host.peer is None or not host.up or host.incarnation is None or host.incarnation.frozen:
             return None
         return host.peer.cluster
+
+    def voters(self) -> list[str]:
+        """Of the store, as its members have it."""
+        return list(self.store.voting)
 
     def any(self) -> Any:
         """The first peer that answers."""

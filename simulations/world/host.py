@@ -68,10 +68,12 @@ class Shared:
         profile: Profile,
         roster: SimRoster | None = None,
         bounds: Bounds | None = None,
+        policy: Policy = POLICY,
     ) -> None:
         """With a `roster` the leader makes voters of hosts, by these bounds; without one they are fixed."""
         self.roster = roster
         self.bounds = bounds or Bounds()
+        self.policy = policy
         self.world = world
         self.store = store
         self.network = network
@@ -100,6 +102,7 @@ class SimHost:
         self.authority: Authority | None = None  # of the next life; without one no host joins
         self.lives = 0
         self.disks_lost = 0
+        self.gone = False  # for ever: nobody starts it again
         self.incarnation: Incarnation | None = None
         self.peer: ClusterPeer | None = None
         self._on_order = on_order
@@ -122,8 +125,8 @@ class SimHost:
 
     def start(self) -> None:
         """Begin a life if there is none."""
-        self._wanted = True
-        if not self.up:
+        self._wanted = not self.gone
+        if self._wanted and not self.up:
             self._begin()
 
     def kill(self, *, power: bool = False) -> None:
@@ -199,7 +202,7 @@ class SimHost:
             cluster_id="simulated",
             link=self.address,
             api=f"{self.peer_id}.example:8000",
-            policy=POLICY,
+            policy=shared.policy,
             catalogue=shared.catalogue,
             wire_versions=self.wire,
             voters=shared.bounds,

@@ -62,7 +62,7 @@ class SimPort:
         give_up_at = trio.current_time() + GIVE_UP_S
         await self._round_trip(peer_id, address, give_up_at)
         there = self.network.port_at(address)
-        if there is None or there.listener is None:
+        if there is None or there.listener is None or self.network.rejects(peer_id):
             raise Unavailable(f"{peer_id} refuses connections at {address}", code=REFUSED)
         if there.incarnation.peer_id != peer_id:
             await self._round_trip(peer_id, address, give_up_at)
@@ -186,6 +186,7 @@ class SimNetwork:
         self._ports: dict[str, SimPort] = {}  # by address
         self._hosts: dict[str, str] = {}  # address -> peer
         self._base_s: dict[tuple[str, str], float] = {}
+        self._rejecting: dict[str, None] = {}  # hosts
         self._connections: dict[SimConnection, None] = {}  # one side of each that is not over on both
 
     def port(self, incarnation: Incarnation, address: str) -> SimPort:
@@ -252,8 +253,21 @@ class SimNetwork:
                 self.world.count("net: reset")
                 connection.reset()
 
+    def reject(self, peer_id: str, rejects: bool) -> None:
+        """A firewall answers for a host whose peer lives: what is open breaks, new connections are refused."""
+        if rejects:
+            self.world.count("net: a firewall rejects")
+            self._rejecting[peer_id] = None
+            self.reset(peer_id)
+        else:
+            self._rejecting.pop(peer_id, None)
+
+    def rejects(self, peer_id: str) -> bool:
+        return peer_id in self._rejecting
+
     def mend(self) -> None:
         """End all faults of links. Hosts without power come back with their next port."""
+        self._rejecting.clear()
         self.links.mend()
 
     # ---------------------------------------------------------------- what connections and gossip ask

@@ -9,12 +9,15 @@ from collections.abc import Callable
 import trio
 
 from peer.state.order import LoadReplica, Order, UnloadReplica
+from peer.state.task import Task
 from simulations.bugs.world import switched_on
 from simulations.errors import InvariantViolated
 from simulations.outcome import CLUSTER, Mark, Outcome
+from simulations.policy.leavings import still_there
 from simulations.scenario import Scenario
 from simulations.world.clients import Clients
 from simulations.world.durable import Durable
+from simulations.world.electorate import BOUNDS, Electorate
 from simulations.world.faults import Injector
 from simulations.world.fleet import Fleet
 from simulations.world.host import SimHost
@@ -26,6 +29,8 @@ _TASKS_S_MAX = 900.0  # until every task has ended: quarantines last 600 s, time
 _QUIET_S = 20.0  # without a load or unload: the placement has settled
 _QUIET_S_MAX = 900.0
 _EMPTY_S_MAX = 60.0  # until nothing of what has ended is left anywhere
+_VOTERS_S_MAX = 600.0  # until the voters are as many as can be
+_ON_ITS_WAY_S = 30.0  # an order, or what follows from a loss
 _REPORTS_MAX = 20_000  # waiting in one executor
 
 
@@ -58,13 +63,14 @@ class Cluster:
         self.scenario = scenario
         self.checks: Counter[str] = Counter()
         self.sometimes: Counter[str] = Counter()
-        self.fleet = Fleet(world, scenario, self._ordered)
+        self.fleet = Fleet(world, scenario, self._ordered, grows=BOUNDS if scenario.grows else None)
+        self.electorate = Electorate(world, self.fleet)
         self.hosts, self.store = self.fleet.hosts, self.fleet.store
-        self.durable = Durable(world.now)
+        self.durable = Durable(world.now, on_requeue=self._requeued)
         self.store.on_applied.append(self._applied)
         fleet = self.fleet
         self.injector = Injector(
-            world, fleet.hosts, fleet.network, fleet.gossip, fleet.store, fleet.key_holder
+            world, fleet.hosts, fleet.network, fleet.gossip, fleet.store, fleet.key_holder, fleet.roster
         )
         self.clients = Clients(
             world,
@@ -75,6 +81,7 @@ class Cluster:
             oldest_event=lambda: self.durable.first_event,
         )
         self._epochs_obeyed: dict[tuple[str, int], int] = {}
+        self._away_at: dict[str, float] = {}  # when a peer's process was last not to be reached
         self._moved_at = 0.0  # the last load or unload
         self._leading: dict[tuple[str, int], float] = {}  # (peer, epoch): since
         self._led: list[Mark] = []
@@ -88,6 +95,9 @@ class Cluster:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self.injector.run, self.scenario.faults, self.scenario.fault_s)
             nursery.start_soon(self.clients.run)
+        for name, host in self.hosts.items():
+            if host.gone:
+                self.clients.leave_out(name)
         await self._until("one_leader", _LEADER_S_MAX, self._not_led)
         with trio.move_on_after(_TASKS_S_MAX) as patience:
             await self.clients.finish()
@@ -96,7 +106,11 @@ class Cluster:
             self.world.violated("tasks_end", f"{len(self.durable.live())} live tasks: {', '.join(live)}")
         await self._until("tasks_end", _TASKS_S_MAX, self._live_tasks)
         await self._until("placement_settles", _QUIET_S_MAX, self._moving)
+        await self._until("drained_hosts_end_empty", _QUIET_S_MAX, self._undrained)
         await self._until("nothing_leaks", _EMPTY_S_MAX, self._left_over)
+        if self.scenario.grows:
+            await self._until("voters_settle", _VOTERS_S_MAX, self.electorate.unsettled)
+            self.sometimes["voters_grown"] += 1
         self.clients.check()
         self._ended_s = self.world.now()
 
@@ -118,7 +132,9 @@ class Cluster:
         lost = [
             name
             for name, host in self.hosts.items()
-            if name != leaders[0] and (host.peer is None or host.peer.follower.leader != leaders[0])
+            if name != leaders[0]
+            and not host.gone
+            and (host.peer is None or host.peer.follower.leader != leaders[0])
         ]
         return f"{', '.join(lost)} do not follow {leaders[0]}" if lost else ""
 
@@ -130,8 +146,18 @@ class Cluster:
         quiet = self.world.now() - self._moved_at
         return "" if quiet >= _QUIET_S else f"a replica was loaded or unloaded {quiet:.1f} s ago"
 
+    def _undrained(self) -> str:
+        for name in self.fleet.leaders():
+            peer = self.hosts[name].peer
+            leader = peer.leader if peer is not None else None
+            if leader is not None:
+                return next(still_there(leader._snapshot, leader._clock.wall()), "")
+        return "nobody leads"
+
     def _left_over(self) -> str:
         for name, host in self.hosts.items():
+            if host.gone:
+                continue
             if host.peer is None:
                 return f"{name} is not up"
             held = host.peer.executor.held()
@@ -165,6 +191,32 @@ class Cluster:
         self._epochs_obeyed[disk] = max(known, order.epoch)
         if isinstance(order, LoadReplica | UnloadReplica):
             self._moved_at = self.world.now()
+        if isinstance(order, LoadReplica):
+            since = self.durable.leaving.get(host.peer_id, self.world.now())
+            self.checks["a_drained_host_gets_no_load"] += 1
+            if self.world.now() - since > _ON_ITS_WAY_S:
+                self.world.violated(
+                    "a_drained_host_gets_no_load",
+                    f"{host.peer_id} loads {order.model.name}: it leaves since {since:.1f}",
+                )
+
+    def _requeued(self, before: Task, after: Task) -> None:
+        """A peer is called dead at once only by its host: its port is closed, or something answers so for it."""
+        self.checks["called_dead_with_reason"] += 1
+        if not (after.requeued_because or "").endswith("its process has ended"):
+            return
+        self.sometimes["lost_at_once"] += 1
+        peer_id = (before.worker_id or "").rpartition("-")[0]
+        lately = self.world.now() - self._away_at.get(peer_id, -_ON_ITS_WAY_S) < _ON_ITS_WAY_S
+        if not lately and not self._is_closed(peer_id):
+            self.world.violated(
+                "called_dead_with_reason", f"{peer_id} lives, and {after.task_id} is queued again"
+            )
+
+    def _is_closed(self, peer_id: str) -> bool:
+        """Whether its port refuses connections."""
+        host = self.hosts[peer_id]
+        return host.peer is None or not host.up or self.fleet.network.rejects(peer_id)
 
     async def _look(self) -> None:
         """What nobody inside can see: whether two peers are sure to lead, and how long the lines are."""
@@ -173,6 +225,8 @@ class Cluster:
             leading: dict[tuple[str, int], float] = {}
             for name, host in self.hosts.items():
                 peer = host.peer
+                if self._is_closed(name):
+                    self._away_at[name] = self.world.now()
                 if peer is None or not host.up:
                     continue
                 self._check_bounds(name, host)
@@ -192,6 +246,7 @@ class Cluster:
             if len(leading) > 1:
                 self.sometimes["two_believe_they_lead"] += 1
             self._mark_leaders(leading)
+            self.electorate.look()
             self._ended_s = self.world.now()
             await trio.sleep(_LOOK_S)
 

@@ -27,6 +27,12 @@ STATES: Final = (
     "client_vanished",
     "rebalance_accepted",
     "unload_accepted",
+    "drain_accepted",
+    "undrain_accepted",
+    "transfer_accepted",
+    "voters_grown",
+    "lost_at_once",
+    "a voter is lost for ever",
     # the world
     "net: reset",
     "net: a frame is retransmitted",

@@ -8,8 +8,8 @@ goes with its disk.
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable, Collection
-from typing import Final
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from typing import Final, Protocol
 
 import msgspec
 import trio
@@ -33,6 +33,13 @@ def address_of(peer_id: str) -> str:
     return f"{peer_id}.example:{PORT}"
 
 
+class Seated(Protocol):
+    """As much of simulations.world.host.SimHost as tells whether its member has its data."""
+
+    gone: bool
+    disk: SimDisk
+
+
 class SimRoster:
     """Who is a member of the store. It begins with one, on `first`."""
 
@@ -40,6 +47,7 @@ class SimRoster:
         self.model = model
         self.first = first
         self.entries: dict[int, StoreMember] = {}
+        self.on_remove: Callable[[str, str], None] = lambda by, voter: None  # asked for, and not yet done
         self._started_at: dict[int, float] = {}
         self._changed_at = -SETTLE_S
         self._ids = 1_000
@@ -52,6 +60,15 @@ class SimRoster:
     @property
     def learners(self) -> list[str]:
         return sorted(each.peer_id for each in self.entries.values() if each.learner)
+
+    def with_data(self, hosts: Mapping[str, Seated]) -> list[str]:
+        """The voters whose hosts have their member's data, now or when they are back."""
+        seats = {each.peer_id: each.member_id for each in self.entries.values() if not each.learner}
+        return [
+            name
+            for name, seat in seats.items()
+            if not hosts[name].gone and int(hosts[name].disk.read(SEAT_FILE) or 0) == seat
+        ]
 
     def first_seat(self) -> int:
         return next(iter(self.entries), 0)
@@ -85,8 +102,10 @@ class SimRoster:
         self._note()
 
     def remove(self, by: str, member_id: int) -> None:
-        self._require_calm(by)
         member = self._member(member_id)
+        if not member.learner:
+            self.on_remove(by, member.peer_id)
+        self._require_calm(by)
         rest = [name for name in self.voters if member.learner or name != member.peer_id]
         if 2 * sum(self.model.reaches(by, name) for name in rest) <= len(rest):
             raise Unavailable("etcd: unhealthy cluster", retry_after_s=1.0)

@@ -75,6 +75,7 @@ def draw_ops(rng: random.Random, scenario: Scenario, peers: Sequence[str]) -> tu
         plan.add(rng.uniform(BEGIN_S, plan.end_s), "list")
     for _ in range(rng.randrange(1, 4)):
         _follower(plan)
+    _operators(plan, random.Random(f"operators {scenario.seed}"))
     return _in_order(plan)
 
 
@@ -145,6 +146,20 @@ def _owners(plan: _Plan) -> None:
         else:
             model = rng.choice(plan.models)
             plan.add(at_s, kind, model=model, worker=_worker(plan, 0.5), tokens=rng.randrange(2))
+
+
+def _operators(plan: _Plan, rng: random.Random) -> None:
+    """In some scenarios hosts are taken out of service, and the leadership is moved."""
+    if rng.random() < 0.5:
+        return
+    for _ in range(rng.randrange(1, 6)):
+        at_s = rng.uniform(BEGIN_S, plan.end_s)
+        kind = rng.choice(("drain", "drain", "undrain", "transfer"))
+        where: dict[str, Any] = {"peer": rng.choice(plan.peers), "client": rng.randrange(CLIENTS)}
+        host = rng.choice(plan.peers) if kind != "transfer" else ""
+        plan.add(at_s, kind, host=host, **where)
+        if kind == "drain" and rng.random() < 0.5:
+            plan.add(at_s + rng.expovariate(0.05), "undrain", host=host, **where)
 
 
 def _worker(plan: _Plan, chance: float) -> str:

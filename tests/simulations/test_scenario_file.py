@@ -158,7 +158,7 @@ def test_a_fault_needs_its_targets(fault: str, wrong: str) -> None:
         (
             "hosts: 3\nduration: 9s\nops:\n- {at: 1s, kind: sumbit, peer: h1}",
             "day.yaml:4: `ops[1].kind`: expected one of submit, get, wait, cancel, list, events, stream, assign, "
-            "unload, rebalance, restart, not `sumbit`; did you mean `submit`?",
+            "unload, rebalance, restart, drain, undrain, transfer, not `sumbit`; did you mean `submit`?",
         ),
         (
             "hosts: 3\nduration: 9s\nops:\n- {at: 1s, kind: submit, peer: h1, model: m0, name: one}\n"
@@ -249,3 +249,22 @@ def test_the_documentation_is_of_these_faults_and_keys() -> None:
     example = page.split("```yaml")[1].split("```")[0]
     scenario = parse_scenario(example.encode(), "docs/simulations.md")
     assert (scenario.hosts, scenario.upgraded, len(scenario.faults)) == (5, ("h5",), 2)
+
+
+def test_hosts_are_drained_and_voters_made() -> None:
+    scenario = parsed(
+        """
+        hosts: 4
+        duration: 20s
+        grows: true
+        rebalance: load_balanced
+        ops:
+          - {at: 1s, kind: drain, peer: h1, host: h3}
+          - {at: 9s, kind: transfer, peer: h2}
+        """
+    )
+    assert (scenario.grows, scenario.rebalance) == (True, "load_balanced")
+    assert [(op.kind, op.host) for op in scenario.ops] == [("drain", "h3"), ("transfer", "")]
+    assert mistakes("hosts: 3\nduration: 9s\nops:\n- {at: 1s, kind: drain, peer: h1}") == [
+        "day.yaml:4: `ops[1]`: `drain` needs `host`"
+    ]

@@ -6,6 +6,7 @@ import pytest
 import trio
 
 from peer.errors import Unavailable
+from peer.ports import REFUSED
 from simulations.errors import SimulatorError
 from tests.simulations.network_setup import Cluster, ends, scenario
 
@@ -246,6 +247,22 @@ def test_a_reset_ends_connections_between_two_on_both_sides() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ freezes
+
+
+def test_a_firewall_answers_for_a_peer_that_lives() -> None:
+    async def run(cluster: Cluster) -> None:
+        h1, h2 = await cluster.start("h1"), await cluster.start("h2")
+        open_one = await h1.dial("h2", "h2:1")
+        cluster.network.reject("h2", True)
+        await ends(open_one)
+        with pytest.raises(Unavailable) as refused:
+            await h1.dial("h2", "h2:1")
+        assert refused.value.code == REFUSED
+        await h2.dial("h1", "h1:1")  # it lives, and reaches others
+        cluster.network.reject("h2", False)
+        await h1.dial("h2", "h2:1")
+
+    scenario(run)
 
 
 def test_a_frozen_process_gets_at_thaw_what_was_sent_to_it() -> None:

@@ -156,6 +156,40 @@ def test_a_frozen_member_neither_answers_nor_refuses() -> None:
     simulated(test)
 
 
+def test_what_waits_for_a_leader_that_dies_is_lost_with_it() -> None:
+    async def test(s: Setup) -> None:
+        for _ in range(10):
+            await s.model.serving("h1", s.model.members["h1"].life)
+            leader = s.model.leader
+            name = next(name for name in VOTERS if name != leader)
+            store = s.store(name)
+            s.model.quorum_lost(True)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(fails, Ambiguous, store.txn([], [Put("a", b"")]))
+                await trio.sleep(0.1)
+                s.model.member_down(leader)
+            s.model.mend()
+            await trio.sleep(20.0)
+            assert "a" not in s.model.data
+
+    simulated(test)
+
+
+def test_a_store_without_space_may_have_done_what_it_refuses() -> None:
+    async def test(s: Setup) -> None:
+        store = s.store()
+        s.model.no_space(True, 0.5)
+        for number in range(40):
+            with pytest.raises(Ambiguous) as refused:
+                await store.txn([], [Put(f"a{number}", b"")])
+            assert refused.value.code == "store_full"
+        assert 5 < len(s.model.data) < 35
+        s.model.mend()
+        await store.txn([], [Put("b", b"")])
+
+    simulated(test)
+
+
 def test_a_leader_that_moves_makes_leases_last_longer_never_shorter() -> None:
     async def test(s: Setup) -> None:
         for _ in range(10):
