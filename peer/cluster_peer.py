@@ -383,7 +383,12 @@ class ClusterPeer:
             async with trio.open_nursery() as nursery:
                 if self._voting is not None:
                     keeper = VoterKeeper(
-                        snapshot, self._voting, followers, self._clock, self._identity.voters
+                        snapshot,
+                        self._voting,
+                        followers,
+                        self._clock,
+                        self._identity.voters,
+                        leader.settled,
                     )
                     nursery.start_soon(keeper.run)
                 nursery.start_soon(self._knock_at_absent, leader, snapshot, followers)

@@ -5,8 +5,8 @@ Errors are logged and the same is tried again: a membership that cannot be chang
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager, suppress
 from typing import Final, Protocol
 
 import structlog
@@ -34,16 +34,27 @@ class Peers(Protocol):
 
 
 class VoterKeeper:
-    """`snapshot` is shown the store's members and what a loss would mean."""
+    """`snapshot` is shown the store's members and what a loss would mean.
+
+    The store does not fence a change of its members: `settled` is entered before each, and raises Unavailable unless
+    this peer certainly leads. One that slept would else act upon what was so before.
+    """
 
     def __init__(
-        self, snapshot: Snapshot, voting: Voting, peers: Peers, clock: Clock, bounds: voters.Bounds
+        self,
+        snapshot: Snapshot,
+        voting: Voting,
+        peers: Peers,
+        clock: Clock,
+        bounds: voters.Bounds,
+        settled: Callable[[], AbstractAsyncContextManager[None]],
     ) -> None:
         self._snapshot = snapshot
         self._voting = voting
         self._peers = peers
         self._clock = clock
         self._bounds = bounds
+        self._settled = settled
         self._memory = voters.Memory()
         self._said: tuple[str, ...] = ()
 
@@ -83,6 +94,8 @@ class VoterKeeper:
     async def _act(self, action: voters.Action, members: StoreMembers) -> str:
         """What was done, or why not yet."""
         try:
+            async with self._settled():
+                pass
             match action:
                 case voters.AddLearner():
                     await members.add_learner(action.address)

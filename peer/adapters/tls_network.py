@@ -221,6 +221,8 @@ class TlsNetwork:
                     await accept(connection)
                 finally:
                     connection.end("this side has closed it")
+        except Exception:  # a bug in what serves one caller ends no peer
+            log.exception("serving_failed", source=source)
         finally:
             transport.socket.close()
 

@@ -220,6 +220,27 @@ async def test_garbage_is_dropped(pki: Pki) -> None:
         assert len(rig.accepted) == 1
 
 
+async def test_a_bug_in_serving_one_caller_ends_no_peer(pki: Pki) -> None:
+    served: list[str] = []
+
+    async def accept(connection: Connection) -> None:
+        served.append(connection.peer_id)
+        if len(served) == 1:
+            raise ExceptionGroup("of a nursery", [KeyError("a bug")])
+        await connection.send(b"well")
+
+    async with trio.open_nursery() as nursery:
+        network = TlsNetwork("127.0.0.1:0", pki.host("h2"))
+        await nursery.start(network.listen, accept)
+        caller = TlsNetwork("127.0.0.1:0", pki.host("h1"))
+        broken = await caller.dial("h2", network.address)
+        with pytest.raises(Unavailable):
+            await broken.receive()
+        assert await (await caller.dial("h2", network.address)).receive() == b"well"
+        nursery.cancel_scope.cancel()
+    assert network.connections == 0
+
+
 def client_hello() -> bytes:
     incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
     greeting = certificates.trusting_nobody_yet().wrap_bio(incoming, outgoing)

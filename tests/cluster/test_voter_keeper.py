@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 import trio
 import trio.testing
 
+from peer.answers import not_leading
 from peer.decide.voters import Bounds
 from peer.errors import Ambiguous, Conflict, NotFound, StoreError, Unavailable
 from peer.ports import Store
@@ -86,12 +88,29 @@ class Now:
         await trio.sleep(seconds)
 
 
+@asynccontextmanager
+async def leads() -> AsyncIterator[None]:
+    await trio.lowlevel.checkpoint()
+    yield
+
+
+@asynccontextmanager
+async def leads_no_more() -> AsyncIterator[None]:
+    await trio.lowlevel.checkpoint()
+    raise not_leading()
+    yield
+
+
 async def keep(
-    members: Members, peers: Peers, seconds: float, voting: LeadersVoting | None = None
+    members: Members,
+    peers: Peers,
+    seconds: float,
+    voting: LeadersVoting | None = None,
+    settled: Callable[[], AbstractAsyncContextManager[None]] = leads,
 ) -> Snapshot:
     snapshot = Snapshot(cluster_id="c", peer_id="h1", epoch=1, started_at=0.0, policy=POLICY, catalogue={})
     keeper = VoterKeeper(
-        snapshot, voting or LeadersVoting(members), peers, Now(), Bounds(steady_s=2.0, start_s=30.0)
+        snapshot, voting or LeadersVoting(members), peers, Now(), Bounds(steady_s=2.0, start_s=30.0), settled
     )
     with trio.move_on_after(seconds):
         await keeper.run()
@@ -132,3 +151,12 @@ async def test_a_store_that_cannot_be_asked_ends_nothing(autojump_clock: trio.te
     voting = LeadersVoting(members)
     voting.members = None  # while this host has none
     assert (await keep(members, Peers(), 3.0, voting)).voters == ()
+
+
+async def test_a_leader_that_is_none_any_more_changes_nothing(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """No store fences a change of its members."""
+    members = Members([StoreMember(member_id=1, address="h1:1", peer_id="h1")], [])
+    await keep(members, Peers(), 20.0, settled=leads_no_more)
+    assert members.calls == []

@@ -104,7 +104,7 @@ class Cluster:
         await self.hosts[name].stop()
 
     def lead(self, bounds: Bounds = BOUNDS) -> None:
-        keeper = VoterKeeper(self.snapshot, self.hosts["h1"].voting, self, SystemClock(), bounds)
+        keeper = VoterKeeper(self.snapshot, self.hosts["h1"].voting, self, SystemClock(), bounds, still_leads)
         self._nursery.start_soon(keeper.run)
 
     def vote(self, peer_id: str, seat: Seat) -> None:
@@ -138,6 +138,12 @@ async def until(true: Callable[[], bool], what: Callable[[], str] = lambda: "it 
         while not true():  # noqa: ASYNC110 - of processes
             await trio.sleep(0.05)
     assert true(), f"{what()} after {WAIT_S:g} s"
+
+
+@asynccontextmanager
+async def still_leads() -> AsyncIterator[None]:
+    await trio.lowlevel.checkpoint()
+    yield
 
 
 async def answered(call: Callable[[], Awaitable[object]]) -> object:
