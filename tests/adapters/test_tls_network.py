@@ -237,6 +237,7 @@ async def test_a_bug_in_serving_one_caller_ends_no_peer(pki: Pki) -> None:
         with pytest.raises(Unavailable):
             await broken.receive()
         assert await (await caller.dial("h2", network.address)).receive() == b"well"
+        caller.close()
         nursery.cancel_scope.cancel()
     assert network.connections == 0
 
