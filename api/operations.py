@@ -8,6 +8,7 @@ from api import schemas_operations as schemas
 from api.decode import BodyDecoder
 from api.http import Call, Reply, Route
 from peer.state.command import ClusterStatus, GetStatus, Led, TransferLeadership
+from peer.state.member import Member, load_of
 
 _encode = msgspec.json.Encoder().encode
 _decode_rotate = BodyDecoder(schemas.RotateGossipKey)
@@ -23,6 +24,29 @@ async def transfer(call: Call) -> Reply:
     return Reply(_encode(answer))
 
 
+def member_view(member: Member) -> schemas.GossipMember:
+    tags, load = member.tags, load_of(member.tags)
+    return schemas.GossipMember(
+        peer_id=member.peer_id,
+        status=member.status,
+        role=tags.get("role", ""),
+        epoch=tags.get("epoch", ""),
+        voter=tags.get("voter") == "1",
+        api=tags.get("api", ""),
+        version=tags.get("version", ""),
+        workers=load.workers if load is not None else None,
+        workers_up=load.up if load is not None else None,
+        slots=load.slots if load is not None else None,
+        running=load.running if load is not None else None,
+        queued=load.queued if load is not None and tags.get("role") == "leader" else None,
+    )
+
+
+async def gossip(call: Call) -> Reply:
+    found = sorted(call.api.cluster.gossip(), key=lambda member: member.peer_id)
+    return Reply(_encode(schemas.Gossip(members=[member_view(each) for each in found], total=len(found))))
+
+
 async def rotate_gossip_key(call: Call) -> Reply:
     body = _decode_rotate(call.body or b"{}")
     rotated = await call.api.cluster.rotate_gossip_key(force=body.force)
@@ -30,6 +54,15 @@ async def rotate_gossip_key(call: Call) -> Reply:
 
 
 ROUTES = (
+    Route(
+        "GET",
+        "/cluster/gossip",
+        gossip,
+        "read",
+        "Who is there and how busy, by gossip",
+        schemas.Gossip,
+        description="A hint, answered also while nobody leads.",
+    ),
     Route(
         "POST",
         "/cluster/leadership/transfer",

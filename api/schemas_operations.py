@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from api.schemas import Answer, Body
 
 
@@ -12,6 +14,29 @@ class Leadership(Answer):
     epoch: int
     previous: str
     moved: bool
+
+
+class GossipMember(Answer):
+    """What a host says of itself, some seconds ago; `status` is what the asked one thinks of it. Numbers are null where
+    it has said none. `queued`: in the whole cluster, if that one leads."""
+
+    peer_id: str
+    status: Literal["alive", "leaving", "left", "failed"]
+    role: str
+    epoch: str
+    voter: bool
+    api: str
+    version: str
+    workers: int | None
+    workers_up: int | None
+    slots: int | None
+    running: int | None
+    queued: int | None
+
+
+class Gossip(Answer):
+    members: list[GossipMember]
+    total: int
 
 
 class RotateGossipKey(Body):

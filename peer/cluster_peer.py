@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Final
 
+import msgspec
 import structlog
 import trio
 
@@ -42,7 +43,7 @@ from peer.ports import (
 from peer.relay import TokenRelay
 from peer.routing import RoutedCluster
 from peer.state.enrol import Revocation
-from peer.state.member import Member
+from peer.state.member import Load, Member
 from peer.state.model import Model
 from peer.state.order import Order, Report
 from peer.state.snapshot import Policy, Snapshot
@@ -119,6 +120,8 @@ class ClusterPeer:
         self._nursery: trio.Nursery | None = None
         self._candidacy: _Candidacy | None = None
         self._stopping = False
+        self._load: Load | None = None  # as it was told
+        self._announced = 0  # the epoch, likewise
         self._executed = trio.Event()
         self._holder, self._holder_address = "", ""  # of the leader key, when this voter last looked
         self._followers: Followers | None = None
@@ -134,6 +137,7 @@ class ClusterPeer:
             identity.catalogue,
             clock,
             GossipKeys(gossip, entropy),
+            self.membership,
         )
         if store is not None:
             self.begin_voting(store)
@@ -145,6 +149,7 @@ class ClusterPeer:
             self._announce(epoch=0)
             nursery.start_soon(self._execute)
             nursery.start_soon(self.membership.run)
+            nursery.start_soon(self._tell_load)
             await nursery.start(self._network.listen, self._accept)
             nursery.start_soon(self.follower.run, self._may_follow)
             if self._candidacy is not None:
@@ -234,8 +239,19 @@ class ClusterPeer:
     def _may_follow(self) -> bool:
         return self._followers is None
 
+    async def _tell_load(self) -> None:
+        """Until cancelled: how busy this host is, in its tags, when that has changed much."""
+        while True:
+            load = self.executor.load()
+            if self.leader is not None:
+                load = msgspec.structs.replace(load, queued=self.leader.queued())
+            if members.worth_telling(self._load, load):
+                self._load = load
+                self._announce(self._announced)
+            await self._clock.sleep(limits.LOAD_TELL_S)
+
     def _announce(self, epoch: int) -> None:
-        identity = self._identity
+        identity, self._announced = self._identity, epoch
         self.membership.announce(
             members.tags(
                 role="leader" if epoch else "follower",
@@ -245,6 +261,7 @@ class ClusterPeer:
                 voter=self._store is not None,
                 wire=identity.wire_versions[0],
                 version=VERSION,
+                load=self._load.text() if self._load is not None else "",
             )
         )
 

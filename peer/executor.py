@@ -19,6 +19,7 @@ from peer.engines import Device, EngineHandle, ModelFiles, TelemetrySource
 from peer.errors import Fenced
 from peer.hosted import HostedWorker
 from peer.ports import Clock, ReportSink
+from peer.state.member import Load
 from peer.state.model import Model
 from peer.state.order import (
     AttemptFailed,
@@ -117,6 +118,17 @@ class Executor:
     def held(self) -> tuple[str, ...]:
         """Keys `<task_id>/<attempt>` of all that this peer answers for: running, or with an unrecorded outcome."""
         return tuple(key for worker in self._workers.values() for key in worker.held())
+
+    def load(self) -> Load:
+        """Of this host, for those who want to know roughly."""
+        workers = self._workers.values()
+        up = [worker for worker in workers if worker.state is EngineState.READY]
+        return Load(
+            workers=len(workers),
+            up=len(up),
+            slots=sum(worker.slots_max for worker in up),
+            running=sum(worker.running for worker in workers),
+        )
 
     # ------------------------------------------------------------ service
 

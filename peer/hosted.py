@@ -90,7 +90,7 @@ class HostedWorker:
         self.accepting = True
         self._host = host
         self._telemetry_source = telemetry
-        self._slots_max = slots_max
+        self.slots_max = slots_max
         self._cancel_s_max = cancel_s_max
         self._info = DeviceInfo(
             device=device.device,
@@ -410,7 +410,7 @@ class HostedWorker:
         """Without a source of its own the device is measured by its engine; a stand-in has no other."""
         if self._telemetry_source is not None:
             return
-        busy = 100.0 * min(1.0, len(self._attempts) / max(1, self._slots_max))
+        busy = 100.0 * min(1.0, len(self._attempts) / max(1, self.slots_max))
         self._measured(
             Telemetry(
                 memory_total_bytes=self._telemetry.memory_total_bytes,
@@ -442,6 +442,11 @@ class HostedWorker:
     def unload(self, model_name: str) -> None:
         self.replicas.unload(model_name)
 
+    @property
+    def running(self) -> int:
+        """How many attempts."""
+        return len(self._attempts)
+
     def held(self) -> tuple[str, ...]:
         """Attempts that run, or whose outcome is not recorded: this peer still answers for them."""
         return (*self._attempts, *self._outcomes)
@@ -456,7 +461,7 @@ class HostedWorker:
             telemetry=self._telemetry,
             replicas=self.replicas.snapshot(),
             running=self.held(),
-            slots_max=self._slots_max,
+            slots_max=self.slots_max,
             engine_pid=self._pid,
             deaths=self._deaths,
             message=self.message,

@@ -56,6 +56,7 @@ FRAMES_WAITING_MAX: Final = 1_024  # for one peer
 CALLS_MAX: Final = 1_024  # forwarded by one peer and not yet answered, besides what its streams and WebSockets ask
 HOLD_S_MAX: Final = 10.0  # a request waits so long for a leader
 GOSSIP_POLL_S: Final = 0.5
+LOAD_TELL_S: Final = 3.0  # at most so often gossip hears how busy a host is
 TAGS_BYTES_MAX: Final = 512
 
 # keys

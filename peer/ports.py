@@ -362,6 +362,9 @@ class Cluster(Protocol):
         and Overloaded from the iterator when the reader is too far behind. While it is open one WebSocket of `client`
         is counted, for the whole cluster: RateLimited on entry when it has too many."""
 
+    def gossip(self) -> tuple[Member, ...]:
+        """Who is there, as this host's gossip shows it, whether anybody leads or not. A host alone has none."""
+
     async def rotate_gossip_key(self, *, force: bool) -> KeyRotation:
         """Have all members encrypt gossip with a new key. Interrupted anywhere it may be called again, here or on
         another peer. `force`: also if some are away, who will then not find back. Raises Conflict, Unavailable."""

@@ -20,6 +20,7 @@ from peer.follower import Follower, is_leaderless, is_unsent, no_session
 from peer.gossip_keys import GossipKeys
 from peer.journal import Journal
 from peer.leader import Leader
+from peer.membership import Membership
 from peer.ports import Clock
 from peer.relay import TokenRelay
 from peer.remembered import Remembered
@@ -34,7 +35,7 @@ from peer.state.command import (
 from peer.state.enrol import Enrol, ListHosts, Renew, RevokeHost
 from peer.state.event import Event
 from peer.state.key import ApiKey
-from peer.state.member import KeyRotation
+from peer.state.member import KeyRotation, Member
 from peer.state.model import Model
 from peer.state.quota import Client, KeepTicket, Spend, Verdict
 from peer.task_stream import task_stream
@@ -61,6 +62,7 @@ class RoutedCluster:
         catalogue: Mapping[str, Model],
         clock: Clock,
         gossip_keys: GossipKeys,
+        membership: Membership,
     ) -> None:
         self._leading = leading
         self._follower = follower
@@ -69,6 +71,7 @@ class RoutedCluster:
         self._catalogue = catalogue  # this peer's own, until a leader has told it of the cluster's
         self._clock = clock
         self._gossip_keys = gossip_keys
+        self._membership = membership
         self._remembered = Remembered()
         self.windows = RateLimiter()  # of what came to this peer, and of all while it leads
         self.not_ready = ""
@@ -126,6 +129,9 @@ class RoutedCluster:
         answer = await (leader.call(request) if leader is not None else self._follower.call(request))
         self._remembered.keep(request, answer, self._clock.now())
         return answer
+
+    def gossip(self) -> tuple[Member, ...]:
+        return tuple(self._membership.members.values())
 
     async def rotate_gossip_key(self, *, force: bool) -> KeyRotation:
         return await self._gossip_keys.rotate(await self.call(ListHosts()), force=force)

@@ -13,7 +13,7 @@ from peer.leader import Leader
 from peer.state.command import GetTask, Query, Request, StreamItem, TaskView
 from peer.state.event import Event
 from peer.state.key import ApiKey
-from peer.state.member import KeyRotation
+from peer.state.member import KeyRotation, Member
 from peer.state.model import Model
 from peer.state.quota import Client, Spend, Verdict
 from peer.state.task import TERMINAL
@@ -38,6 +38,9 @@ class LocalCluster:
 
     async def read(self, query: Query) -> tuple[Any, float | None]:
         return await self._leader.call(query), None
+
+    def gossip(self) -> tuple[Member, ...]:
+        return ()
 
     async def rotate_gossip_key(self, *, force: bool) -> KeyRotation:
         raise Conflict("this host is in no cluster: it gossips with nobody", code="no_cluster")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,7 +23,13 @@ RESTART_S_MAX = 180.0
 @client_options
 def status(client: Client, as_json: bool) -> None:
     """Show the cluster's status."""
-    answer = client.get("/cluster/status")
+    try:
+        answer = client.get("/cluster/status", {"stale": "ok"})
+    except CliError as error:
+        if error.code == Exit.BUSY and not as_json:
+            with suppress(CliError):  # the first one is what there is to say
+                _show_gossip(client)
+        raise
     if as_json:
         emit(answer)
         return
@@ -42,6 +49,26 @@ def status(client: Client, as_json: bool) -> None:
     ]
     rows += [("because", reason) for reason in found.get("reasons", ())]
     pairs(rows)
+    if found.get("stale_seconds") is not None:
+        say(f"\nno leader can be reached; that was so {found['stale_seconds']:.0f} s ago. By gossip:")
+        _show_gossip(client)
+
+
+def _show_gossip(client: Client) -> None:
+    """What is known without a leader."""
+    found = client.get("/cluster/gossip").data["members"]
+    rows = (
+        (
+            each["peer_id"],
+            each["status"],
+            each["role"],
+            each["voter"],
+            None if each["workers"] is None else f"{each['workers_up']} of {each['workers']} up",
+            None if each["running"] is None else f"{each['running']} of {each['slots']}",
+        )
+        for each in found
+    )
+    table(("HOST", "STATUS", "SAYS IT IS", "VOTES", "WORKERS", ">SLOTS IN USE"), rows, empty="gossip shows nobody")
 
 
 def _voters(found: list[dict[str, Any]]) -> str:

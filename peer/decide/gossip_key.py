@@ -74,14 +74,14 @@ def require_room(report: KeyReport) -> None:
     """Before a key is made. Raises Conflict."""
     if len(report.keys) >= KEYS_MAX:
         raise Conflict(
-            f"there are {len(report.keys)} keys, as rotations were interrupted: run the last one again on the same peer,"
-            " which remembers its key until it stops",
+            f"there are {len(report.keys)} keys, as rotations were interrupted: run the last one again on the same"
+            " peer, which remembers its key until it stops",
             code="too_many_gossip_keys",
         )
 
 
 def require_done(report: KeyReport, action: str, members: Iterable[Member]) -> None:
-    """Whether every member has done it. Raises Unavailable, which names those that have not, and the state of things."""
+    """Whether every member has done it. Raises Unavailable, which says who has not, and the state of things."""
     if report.done:
         return
     refused = {name: report.messages[name] for name in sorted(report.messages)}

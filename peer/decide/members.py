@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from peer.errors import Conflict, NotFound
 from peer.limits import TAGS_BYTES_MAX
-from peer.state.member import Member
+from peer.state.member import Load, Member
 
 _OPTIONAL = ("load", "version")  # left out, in this order, when the tags are too long
 
@@ -45,6 +45,18 @@ def tags(
             f"the tags take {_size(wanted)} bytes of {TAGS_BYTES_MAX}: the addresses are too long"
         )
     return wanted
+
+
+def worth_telling(told: Load | None, now: Load) -> bool:
+    """Whether a load differs so much from what was told that it is worth a change of tags, which all hosts hear of:
+    workers came or went, a host fell idle, began or is full, or a quarter of its slots or half of the queue changed."""
+    if told is None or (told.workers, told.up, told.slots) != (now.workers, now.up, now.slots):
+        return True
+    if told.running != now.running and {told.running, now.running} & {0, now.slots}:
+        return True
+    if 4 * abs(told.running - now.running) >= max(now.slots, 4):
+        return True
+    return 2 * abs(told.queued - now.queued) > max(told.queued, now.queued)
 
 
 def named(peer_ids: Iterable[str], name: str) -> str:

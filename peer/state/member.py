@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import Literal
+from typing import Final, Literal
 
 from peer.state.base import Record
+
+_LOAD: Final = re.compile(r"([0-9]{1,6})/([0-9]{1,6}) ([0-9]{1,6})/([0-9]{1,6}) ([0-9]{1,9})", re.ASCII)
 
 
 class Member(Record, frozen=True):
@@ -16,6 +19,29 @@ class Member(Record, frozen=True):
     status: Literal["alive", "leaving", "left", "failed"]
     tags: Mapping[str, str] = {}
     port: int = 7946  # of gossip
+
+
+class Load(Record, frozen=True):
+    """How busy a host says it is: a hint, some seconds old."""
+
+    workers: int
+    up: int  # of these
+    slots: int  # of those that are up
+    running: int  # tasks in them
+    queued: int = 0  # in the whole cluster, as the leader says it
+
+    def text(self) -> str:
+        """As a tag: few bytes."""
+        return f"{self.up}/{self.workers} {self.running}/{self.slots} {self.queued}"
+
+
+def load_of(tags: Mapping[str, str]) -> Load | None:
+    """What another host has written; None if it said nothing, or nonsense."""
+    found = _LOAD.fullmatch(tags.get("load", ""))
+    if found is None:
+        return None
+    up, workers, running, slots, queued = map(int, found.groups())
+    return Load(workers=workers, up=up, slots=slots, running=running, queued=queued)
 
 
 class KeyReport(Record, frozen=True, kw_only=True):

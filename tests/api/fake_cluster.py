@@ -14,7 +14,7 @@ from peer.errors import BitinglipError, Compacted, Conflict, NotFound, Overloade
 from peer.state import command, enrol
 from peer.state.event import Event
 from peer.state.key import ApiKey
-from peer.state.member import KeyRotation
+from peer.state.member import KeyRotation, Member
 from peer.state.metric import Gauge, Metrics
 from peer.state.model import Assignment, Model
 from peer.state.plan import Move, Plan
@@ -62,6 +62,7 @@ class FakeCluster:
         self.failure: BaseException | None = None
         self.requests: list[command.Request] = []
         self.cancelled = 0
+        self.gossiped: tuple[Member, ...] = ()
         self.rotations: list[bool] = []  # of gossip's key: whether forced
         self.tokens: dict[str, list[command.StreamItem]] = {}
         self.counted: tuple[int, int] | None = None
@@ -157,6 +158,9 @@ class FakeCluster:
 
     async def read(self, query: command.Query) -> tuple[Any, float | None]:
         return await self.call(query), self.stale_s
+
+    def gossip(self) -> tuple[Member, ...]:
+        return self.gossiped
 
     async def rotate_gossip_key(self, *, force: bool) -> KeyRotation:
         if self.failure is not None:

@@ -6,6 +6,7 @@ import httpx
 
 from peer.errors import Conflict, Unavailable
 from peer.state.command import GetStatus, TransferLeadership
+from peer.state.member import Load, Member
 from tests.api.conftest import RunningServer
 from tests.api.fake_parts import token
 
@@ -41,3 +42,42 @@ def test_only_admins_may(server: RunningServer) -> None:
         answer = httpx.post(server.url + path, headers=headers)
         assert (answer.status_code, answer.json()["error"]["code"]) == (401, "insufficient_scope")
     assert not server.cluster.rotations
+
+
+def test_gossip_is_shown_whether_anybody_leads_or_not(client: httpx.Client, server: RunningServer) -> None:
+    assert client.get("/cluster/gossip").json() == {"members": [], "total": 0}
+    load = Load(workers=2, up=1, slots=8, running=3, queued=4)
+    said = {
+        "role": "leader",
+        "epoch": "7",
+        "voter": "1",
+        "api": "h2:8000",
+        "version": "0.1.0",
+        "load": load.text(),
+    }
+    server.cluster.gossiped = (
+        Member(peer_id="h2", address="192.0.2.2", status="alive", tags=said),
+        Member(peer_id="h1", address="192.0.2.1", status="failed", tags={"load": "nonsense"}),
+    )
+    server.cluster.failure = Unavailable("nobody leads", code="no_leader")
+    silent, leader = client.get("/cluster/gossip").json()["members"]
+    assert leader == {
+        "peer_id": "h2",
+        "status": "alive",
+        "role": "leader",
+        "epoch": "7",
+        "voter": True,
+        "api": "h2:8000",
+        "version": "0.1.0",
+        "workers": 2,
+        "workers_up": 1,
+        "slots": 8,
+        "running": 3,
+        "queued": 4,
+    }
+    assert (silent["peer_id"], silent["status"], silent["voter"], silent["workers"]) == (
+        "h1",
+        "failed",
+        False,
+        None,
+    )

@@ -1,4 +1,4 @@
-"""`leadership`, `gossip-key` and `drill` against a stub; tests/process/cluster has a real cluster."""
+"""`leadership`, `gossip-key`, `drill` and a status without a leader, against a stub."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from peer.cli import drill
 from peer.cli.exits import Exit
 from tests.cli.conftest import Run
 from tests.cli.stub import Stub, error
+from tests.cli.test_commands import STATUS
 
 MOVED = {"leader": "h2", "epoch": 9, "previous": "h1", "moved": True}
 KEY = {"key_id": "k1", "owner": drill.OWNER, "revoked_at": None}
@@ -222,3 +223,24 @@ def test_a_task_that_ended_too_soon_or_failed_measures_nothing(run: Run, probes:
     failed[1]["error"] = {"code": "x", "message": "worn out"}
     probes.replies["GET /tasks/t1"] = [task("running", "w1"), failed]
     assert "worn out" in run("drill", "worker").err
+
+
+# ------------------------------------------------------------------------------------------------ without a leader
+
+
+def test_a_status_without_a_leader_is_marked_and_gossip_shown(run: Run, stub: Stub) -> None:
+    said = {"role": "follower", "voter": True, "workers": 2, "workers_up": 1, "slots": 8, "running": 3}
+    silent = dict.fromkeys(said, None) | {"role": "", "voter": False}
+    members = [{"peer_id": "h1", "status": "failed", **silent}, {"peer_id": "h2", "status": "alive", **said}]
+    stub.replies["GET /cluster/gossip"] = (200, {"members": members, "total": 2})
+    stub.replies["GET /cluster/status"] = (200, STATUS | {"stale_seconds": 12.3})
+    done = run("status")
+    assert done.code == Exit.OK
+    assert "that was so 12 s ago" in done.err
+    assert ["h2", "alive", "follower", "yes", "1", "of", "2", "up", "3", "of", "8"] in [
+        line.split() for line in done.out.splitlines()
+    ]
+    stub.replies["GET /cluster/status"] = error(503, "no leader")
+    done = run("status")
+    assert (done.code, "no leader" in done.err, "h1" in done.out) == (Exit.BUSY, True, True)
+    assert run("status", "--json").out == ""

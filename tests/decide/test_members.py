@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from peer.decide.members import Hint, changes, leader, tags
+from peer.decide.members import Hint, changes, leader, tags, worth_telling
 from peer.limits import TAGS_BYTES_MAX
-from peer.state.member import Member
+from peer.state.member import Load, Member, load_of
 
 
 def member(peer_id: str, status: str = "alive", **shown: str) -> Member:
@@ -71,3 +71,39 @@ def test_changes_are_of_status_and_name_who_vanished() -> None:
         ("h3", "left"),
         ("h4", "alive"),
     ]
+
+
+def load(running: int = 5, *, slots: int = 16, up: int = 2, queued: int = 0) -> Load:
+    return Load(workers=2, up=up, slots=slots, running=running, queued=queued)
+
+
+def test_a_load_is_read_as_it_was_written_and_nonsense_is_none() -> None:
+    busy = load(7, queued=3)
+    assert busy.text() == "2/2 7/16 3"
+    assert load_of({"load": busy.text()}) == busy
+    assert load_of(some_tags(load=busy.text())) == busy
+    for nonsense in ("", "2/2", "-1/2 7/16 3", "2/2 7/16 3 4", "9999999/2 7/16 3", "\u0662/2 7/16 3"):
+        assert load_of({"load": nonsense}) is None
+    assert load_of({}) is None
+
+
+@pytest.mark.parametrize(
+    ("told", "now", "wanted"),
+    [
+        (None, load(), True),
+        (load(5), load(5), False),
+        (load(5), load(8), False),
+        (load(5), load(9), True),  # a quarter of the slots
+        (load(1), load(0), True),  # idle
+        (load(0), load(1), True),
+        (load(15), load(16), True),  # full
+        (load(0, slots=0), load(0, slots=0), False),
+        (load(up=2), load(up=1), True),
+        (load(slots=16), load(slots=8), True),
+        (load(queued=100), load(queued=120), False),
+        (load(queued=100), load(queued=201), True),
+        (load(queued=1), load(queued=0), True),
+    ],
+)
+def test_a_load_is_told_again_when_it_has_changed_much(told: Load | None, now: Load, wanted: bool) -> None:
+    assert worth_telling(told, now) is wanted
