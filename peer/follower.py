@@ -109,6 +109,7 @@ class Follower:
         self._hint = ""  # whom to ask next
         self._hinted = ("", "")  # who was hinted at last, and its address
         self._unreached = ""
+        self._redial: trio.CancelScope | None = None  # of the one who did not answer
         self._settled = False  # the leader had answered all that it ever will when it said farewell
         self.leader = ""  # of the session; "" while there is none
         self.epoch = 0  # the newest that was followed
@@ -238,6 +239,8 @@ class Follower:
         """This one leads, somebody says, and is to be found there: ask it first."""
         if peer_id != self._peer_id:
             self._hint, self._hinted = peer_id, (peer_id, address)
+            if self._redial is not None and peer_id != self._unreached:
+                self._redial.cancel()  # a host that is cut off would be waited for, while another one leads
 
     def _order(self) -> list[str]:
         """Whom to ask: first whom another peer has named, last who did not answer."""
@@ -253,11 +256,18 @@ class Follower:
             address = self._hinted[1] or address
         if address is None:
             return _Outcome.IN_VAIN
-        try:
-            connection = await self._network.dial(peer_id, address)
-        except Unavailable as error:
-            self._is_gone(peer_id, error.message)
-            return _Outcome.TURNED_AWAY if error.code == TURNED_AWAY else _Outcome.IN_VAIN
+        connection = None
+        with trio.CancelScope() as dialling:
+            self._redial = dialling if peer_id == self._unreached else None
+            try:
+                connection = await self._network.dial(peer_id, address)
+            except Unavailable as error:
+                self._is_gone(peer_id, error.message)
+                return _Outcome.TURNED_AWAY if error.code == TURNED_AWAY else _Outcome.IN_VAIN
+            finally:
+                self._redial = None
+        if connection is None:
+            return _Outcome.IN_VAIN
         try:
             answer = await self._greet(connection)
         except Unavailable as error:

@@ -119,6 +119,36 @@ def test_hints_in_circles_keep_nobody_from_the_leader(hints: dict[str, str]) -> 
     trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
 
 
+def test_a_hint_ends_the_wait_for_a_host_that_does_not_answer() -> None:
+    class OneIsGone(Peers):
+        async def dial(self, peer_id: str, address: str) -> Connection:
+            if peer_id != "gone":
+                return await super().dial(peer_id, address)
+            self.dialled.append(peer_id)
+            await trio.sleep(limits.DIAL_S_MAX)
+            raise Unavailable("it does not answer")
+
+    peers = OneIsGone({"gone": hint("")})
+    looking = follower(peers)
+
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(looking.run, lambda: True)
+            await trio.sleep(1.7 * limits.DIAL_S_MAX)
+            looking.hint("gone", "gone:1")  # an old one
+            await trio.sleep(0.1)
+            assert peers.dialled == ["gone", "gone"]
+            peers.answers["new"] = wire.Welcome(peer_id="new", epoch=3, wire=wire.WIRE)
+            began = trio.current_time()
+            looking.hint("new", "new:1")
+            while looking.leader != "new":
+                await looking.wait_for_change()
+            assert trio.current_time() - began < 0.3
+            nursery.cancel_scope.cancel()
+
+    trio.run(main, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
 def test_a_leader_that_is_older_than_one_that_was_followed_is_not_followed_again() -> None:
     peers = Peers({"new": wire.Welcome(peer_id="new", epoch=7, wire=wire.WIRE)})
     looking = follower(peers)
