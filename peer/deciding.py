@@ -144,5 +144,6 @@ class Deciding:
         if int(now) != self._sampled_at:
             self._sampled_at = int(now)
             work.take(replan.replan(snapshot, now, f"rebal-{self._entropy.token(_ENTROPY_BYTES)}"))
+            work.take(retain.forget_revoked(snapshot))
             work.take(meter.sample_gauges(snapshot, now))
             work.take(meter.roll_up(snapshot, now))

@@ -37,6 +37,7 @@ from peer.adapters.telemetry_host import Host
 from peer.cluster_host import open_cluster_host
 from peer.config import RELOADABLE, Config
 from peer.decide.admit import nearest
+from peer.decide.keys import host_owner
 from peer.engines import Device
 from peer.errors import BitinglipError, ConfigError, Conflict, Unavailable
 from peer.executor import Executor
@@ -101,6 +102,7 @@ def policy_of(config: Config) -> Policy:
         priority_step_s=limits.PRIORITY_STEP_S,
         retention_age_s=config.retention.age_s,
         retention_count=config.retention.count,
+        retention_bytes=config.retention.total_bytes,
         events_kept=config.retention.events,
         memory_reserve_bytes=config.engine.memory_reserve_bytes,
         lost_share_max=config.cluster.lost_share_max,
@@ -325,7 +327,7 @@ class _Node:
         key_id, secret = given or (secrets.token_hex(4), secrets.token_hex(32))
         key = ApiKey(
             key_id=key_id,
-            owner=_ADMIN,
+            owner=host_owner(identity.peer_id(self._data_dir)) if self._in_a_cluster else _ADMIN,
             scopes=("admin",),
             secret_sha256=keys.digest(secret),
             created_at=self._clock.wall(),

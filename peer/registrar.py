@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import structlog
 
-from peer.decide import enrol, lose
+from peer.decide import enrol, keys, lose
 from peer.decide.decision import Decision
 from peer.errors import BitinglipError, ConfigError, Conflict, Unavailable
 from peer.ports import Authority, Entropy
@@ -86,6 +86,7 @@ class Registrar:
             case RevokeHost():
                 decision = enrol.revoke(registry, now, command, leader=self._snapshot.peer_id)
                 decision.add(lose.revoked(self._snapshot, now, decision.reply.peer_id))
+                decision.add(keys.revoke_host(self._snapshot, now, decision.reply.peer_id))
                 return decision
 
     def tick(self, now: float) -> Decision:

@@ -54,7 +54,10 @@ def _follow(client: Client, peer_id: str, limit_s: float, as_json: bool) -> int:
     told = ""
     while True:
         answer = client.get("/cluster/hosts")
-        found: dict[str, Any] = next(each for each in answer.data["hosts"] if each["peer_id"] == peer_id)
+        hosts: list[dict[str, Any]] = answer.data["hosts"]
+        found = next((each for each in hosts if each["peer_id"] == peer_id), None)
+        if found is None or found["status"] == "revoked":
+            raise CliError(f"{shown(peer_id)} is no host of the cluster any more", Exit.FAILED)
         left = f"{found['models']} models, {found['tasks']} tasks"
         if not found["models"] and not found["tasks"]:
             if as_json:

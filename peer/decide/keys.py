@@ -40,6 +40,22 @@ def revoke(snapshot: Snapshot, now: float, command: RevokeKey) -> Decision:
     return Decision(changes=[Save(revoked)], reply=revoked)
 
 
+def host_owner(peer_id: str) -> str:
+    """Whose the admin key is that a host of a cluster makes for itself."""
+    return f"admin@{peer_id}"
+
+
+def revoke_host(snapshot: Snapshot, now: float, peer_id: str) -> Decision:
+    """The key that a host has made for itself ends with the host."""
+    return Decision(
+        changes=[
+            Save(changed(key, revoked_at=now))
+            for key in snapshot.keys.values()
+            if key.owner == host_owner(peer_id) and key.revoked_at is None and _another_admin(snapshot, key)
+        ]
+    )
+
+
 def _another_admin(snapshot: Snapshot, key: ApiKey) -> bool:
     """Whether somebody else can still make and revoke keys; one that will expire does not count."""
     return any(

@@ -88,6 +88,7 @@ def _finished(snapshot: Snapshot, now: float, message: AttemptFinished) -> Decis
         started_at=started_at,
         completed_at=now,
         error=None,
+        result_bytes=message.nbytes,
     )
     result = TaskResult(
         task_id=task.task_id,

@@ -1,4 +1,4 @@
-"""What is forgotten: finished tasks beyond their age or number, old events, old plans."""
+"""What is forgotten: finished tasks beyond their age, number or bytes, old events, old plans."""
 
 from __future__ import annotations
 
@@ -13,11 +13,22 @@ from peer.state.task import Task
 _PLANS_KEPT = 50
 
 
-def due(snapshot: Snapshot, now: float, oldest: Sequence[tuple[float, str]]) -> list[str]:
-    """Which of the oldest finished tasks, each with its end and in that order, are too old or too many."""
+def due(
+    snapshot: Snapshot, now: float, oldest: Sequence[tuple[float, str]], nbytes: Sequence[int] = ()
+) -> list[str]:
+    """Which of the oldest finished tasks, each with its end and in that order, are too old, too many or too large.
+
+    `nbytes`: what is kept of each.
+    """
     surplus = snapshot.finished - snapshot.policy.retention_count
+    excess = snapshot.finished_bytes - snapshot.policy.retention_bytes
     horizon = now - snapshot.policy.retention_age_s
-    return [task_id for i, (ended_at, task_id) in enumerate(oldest) if i < surplus or ended_at < horizon]
+    found = []
+    for i, (ended_at, task_id) in enumerate(oldest):
+        if i < surplus or excess > 0 or ended_at < horizon:
+            found.append(task_id)
+            excess -= nbytes[i] if nbytes else 0
+    return found
 
 
 def forget_tasks(tasks: Sequence[Task]) -> Decision:
@@ -39,3 +50,20 @@ def forget_plans(snapshot: Snapshot) -> Decision:
     finished = [plan for plan in snapshot.plans.values() if plan.status != "initiated"]
     finished.sort(key=lambda plan: plan.created_at)
     return Decision(changes=[Drop(plan) for plan in finished[:-_PLANS_KEPT]])
+
+
+def forget_revoked(snapshot: Snapshot) -> Decision:
+    """Workers of hosts that were put out, once their tasks are elsewhere: nobody waits for them to come back."""
+    decision = Decision()
+    for peer_id in snapshot.registry.revocations:
+        leaving = snapshot.leaving.get(peer_id)
+        if leaving is not None:
+            decision.changes.append(Drop(leaving))
+        for worker_id in snapshot.peers.get(peer_id, ()):
+            if snapshot.held.get(worker_id):
+                continue
+            decision.changes += [Drop(wish) for wish in snapshot.wishes.get(worker_id, {}).values()]
+            decision.changes += [Drop(each) for key, each in snapshot.draining.items() if key[0] == worker_id]
+            decision.changes.append(Drop(snapshot.workers[worker_id]))
+            decision.reasons.append(f"{worker_id} is forgotten: {peer_id} was revoked")
+    return decision

@@ -40,6 +40,14 @@ class Index:
         for model_name, replica in after.items():
             self.placed.setdefault(model_name, {})[worker_id] = replica
 
+    def forget(self, worker_id: str, replicas: dict[str, Replica]) -> None:
+        """It holds no tasks and has no wishes."""
+        self.place(worker_id, replicas, {})
+        self._clear(worker_id)
+        self.named.pop(worker_id, None)
+        for names in (self.unused, self.touched, self.doubtful):
+            names.pop(worker_id, None)
+
     def touch(self, snapshot: Snapshot, worker_id: str) -> None:
         self.touched[worker_id] = None
         report = snapshot.reports.get(worker_id)
@@ -66,12 +74,15 @@ class Index:
             else:
                 self.unmet.pop((worker_id, model_name), None)
 
-    def _rooms(self, snapshot: Snapshot, worker_id: str, is_ready: bool) -> None:
+    def _clear(self, worker_id: str) -> None:
         for model_name in self._roomy.pop(worker_id, ()):
             of = self.room[model_name]
             del of[worker_id]
             if not of:
                 del self.room[model_name]
+
+    def _rooms(self, snapshot: Snapshot, worker_id: str, is_ready: bool) -> None:
+        self._clear(worker_id)
         if not is_ready or worker_id in snapshot.paused:
             return
         held = snapshot.held.get(worker_id, {})

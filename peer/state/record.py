@@ -107,6 +107,16 @@ def ended_at(key: str) -> tuple[float, str]:
     return int(ms) / 1000, ended_id
 
 
+def index_value(key: str, task: Task) -> bytes:
+    """What stands under one of its index keys: nothing, but in `ended/` how many bytes are kept of it."""
+    return b"%d" % task.kept_bytes if key.startswith("ended/") else b""
+
+
+def bytes_of(value: bytes) -> int:
+    """Of an `ended/` key's value; 0 for one that an earlier version has written."""
+    return int(value or 0)
+
+
 def index_keys(task: Task | None) -> frozenset[str]:
     """All index keys of a task; `ended/` is in order of ending, for retention."""
     if task is None:

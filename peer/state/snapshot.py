@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from peer.state.base import Record
 from peer.state.enrol import Host, JoinToken, Registry, Revocation
@@ -20,7 +20,7 @@ from peer.state.key import ApiKey
 from peer.state.metric import Bucket
 from peer.state.model import Assignment, Draining, LoadProfile, Model, Replica
 from peer.state.plan import Leaving, Plan
-from peer.state.record import encode, idempotency_key, index_keys, key_of
+from peer.state.record import encode, idempotency_key, index_keys, index_value, key_of
 from peer.state.task import TERMINAL, Idempotency, Status, Task, TaskInput
 from peer.state.voter import VoterView
 from peer.state.worker import Worker, WorkerReport
@@ -179,6 +179,7 @@ class Policy:
     events_kept: int
     memory_reserve_bytes: int
     lost_share_max: float = 0.34  # of the peers; more are not lost at once without confirmation
+    retention_bytes: int = 1024**3  # of finished tasks: a store has room for so much only
     auto_rebalance: str = ""  # the strategy to plan by when hosts came or went; "": none
 
 
@@ -234,6 +235,7 @@ class Snapshot:
     events_from: int = 1  # oldest kept
     events_next: int = 1
     finished: int = 0
+    finished_bytes: int = 0  # about what the store holds of them
 
     def rank(self, task: Task) -> float:
         """Lower goes first: submission time, moved back by a step for each level of lower priority."""
@@ -398,10 +400,11 @@ class Snapshot:
         for key in index_keys(old) - new_keys:
             writes[key] = None
         for key in new_keys:
-            writes[key] = b""
+            writes[key] = index_value(key, task)
         self._take_out(old)
         if task.status in TERMINAL:
             self.finished += 1
+            self.finished_bytes += task.kept_bytes
             self.inputs.pop(task.task_id, None)
             if task.idempotency_key:
                 self.idempotency.pop(idempotency_key(task.owner, task.idempotency_key), None)
@@ -445,10 +448,13 @@ class Snapshot:
                 if record.idempotency_key:
                     writes[idempotency_key(record.owner, record.idempotency_key)] = None
                 self.finished -= 1
+                self.finished_bytes -= record.kept_bytes
             case Assignment():
                 self.assignments.pop((record.worker_id, record.model_name), None)
                 self.wishes.get(record.worker_id, {}).pop(record.model_name, None)
                 self.index.unmet.pop((record.worker_id, record.model_name), None)
+            case Worker():
+                self._forget(record)
             case Leaving():
                 self.leaving.pop(record.peer_id, None)
             case Draining():
@@ -473,3 +479,16 @@ class Snapshot:
         if isinstance(record, Task) and record.status in TERMINAL:
             raise TypeError("finished tasks stay in the store")
         self._save(record)
+
+    def _forget(self, worker: Worker) -> None:
+        """One that holds nothing and has no wishes any more."""
+        worker_id = worker.worker_id
+        del self.workers[worker_id], self.peers[worker.peer_id][worker_id]
+        self.index.forget(worker_id, self.replicas.get(worker_id, {}))
+        of_workers: tuple[dict[str, Any], ...] = (
+            self.reports, self.replicas, self.heard_at, self.listened, self.silent, self.held, self.paused,
+            self.downtime_s, self.shown_status, self.wishes,
+        )  # fmt: skip
+        for facts in of_workers:
+            facts.pop(worker_id, None)
+        self.foreseen = {key: each for key, each in self.foreseen.items() if key[0] != worker_id}

@@ -99,6 +99,9 @@ class TaskError(Record, frozen=True):
     message: str
 
 
+_RECORDS_BYTES: Final = 1_024  # a finished task without its parameters and result, with its keys
+
+
 class Task(Record, frozen=True):
     """One task without its parameters and result, which are records of their own (they can be large).
 
@@ -118,6 +121,7 @@ class Task(Record, frozen=True):
     request_id: str = ""
     idempotency_key: str = ""
     parameters_bytes: int = 0
+    result_bytes: int = 0
     status: Status = Status.QUEUED
     attempt: int = 0
     strikes: int = 0
@@ -127,6 +131,11 @@ class Task(Record, frozen=True):
     completed_at: float | None = None
     error: TaskError | None = None
     requeued_because: str = ""  # of the last attempt that did not finish
+
+    @property
+    def kept_bytes(self) -> int:
+        """About how much the store holds of it."""
+        return _RECORDS_BYTES + self.parameters_bytes + self.result_bytes
 
 
 def run_s(task: Task) -> float | None:

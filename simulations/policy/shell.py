@@ -68,6 +68,7 @@ class Decisions:
     roll_up: Callable[..., Decision] = meter.roll_up
     drain_host: Callable[..., Decision] = replan.drain_host
     replan: Callable[..., Decision] = replan.replan
+    forget_revoked: Callable[..., Decision] = retain.forget_revoked
     schedule: Callable[..., Decision] = schedule.schedule
     forget_events: Callable[..., Decision] = retain.forget_events
     forget_tasks: Callable[..., Decision] = retain.forget_tasks
@@ -302,6 +303,7 @@ class SimLeader:
         if int(work.now) != self._sampled_at:
             self._sampled_at = int(work.now)
             self._take(work, "replan", f"rebal-{self._token()}")
+            self._take(work, "forget_revoked", timed=False)
             for name, timed in TICK_EACH_SECOND:
                 self._take(work, name, timed=timed)
         self._hear_the_quiet(work)

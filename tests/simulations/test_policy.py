@@ -101,7 +101,7 @@ def test_the_tick_decides_in_the_leaders_order() -> None:
         and isinstance(call.func.value, ast.Name)  # a module of decisions
         and call.func.attr != "take"
     ]
-    known = [*(name for name, _ in TICK), "replan", *(name for name, _ in TICK_EACH_SECOND)]
+    known = [*(name for name, _ in TICK), "replan", "forget_revoked", *(name for name, _ in TICK_EACH_SECOND)]
     assert sorted(asked) == sorted(known)
     lines = ast.unparse(functions["tick"])
     places = [lines.index(f".{name}(") for name in known]
@@ -116,3 +116,11 @@ FOUND = Shape(hosts=5, fault_s=180.0)
 def test_a_rebalance_does_not_lose_the_last_replica(seed: int) -> None:
     """Its target was evicted when it was ready (377), or while the source still drained (429), or died then (2007)."""
     assert run(seed, FOUND).failure is None
+
+
+def test_a_plan_under_way_loads_nothing_on_a_host_that_is_drained_meanwhile() -> None:
+    assert run(19, Shape(hosts=4, fault_s=240.0)).failure is None
+
+
+def test_a_plan_does_not_try_for_ever_what_has_failed() -> None:
+    assert run(21, Shape(hosts=4, fault_s=100.0)).failure is None
