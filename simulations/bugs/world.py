@@ -25,9 +25,11 @@ from peer.election import Election, Leadership
 from peer.errors import Fenced, StoreError, Unavailable
 from peer.leader import Leader
 from peer.ports import BEAT_KEY, LEADER_KEY, Compare, Delete, Put, Write
+from peer.state.command import StreamToken
 from peer.state.order import AttemptFinished
 from peer.state.snapshot import Save, Snapshot
 from peer.state.task import Status, Task
+from peer.streams import Stream
 from simulations.errors import SimulatorError
 
 
@@ -272,6 +274,23 @@ def _finished_keys_forgotten(snapshot: Snapshot, command: Any, stored: Any) -> s
     return _first_of(snapshot, command, None)
 
 
+# ---------------------------------------------------------------- texts as they come
+
+_publish = Stream.publish
+
+
+def _first_tokens_skipped(self: Stream, attempt: int, text: str, count: int, *more: Any) -> None:
+    """What a new attempt gives first is taken for what the reader has already."""
+    anew = self._begun > 0 and self.tokens == 0
+    _publish(self, attempt, "" if anew else text, count, *more)
+
+
+def _tokens_taken_twice(self: Stream, token: StreamToken) -> bool:
+    """A copy that begins anew is appended whole."""
+    _publish(self, token.attempt, token.text, token.count, token.logprobs)
+    return True
+
+
 # ---------------------------------------------------------------- hosts and voters
 
 _lasted = voters._State.lasted
@@ -386,6 +405,12 @@ BUGS: Final[Mapping[str, Bug]] = MappingProxyType(
         ),
         "dead_voters_stay": Bug(
             "a voter that is gone is never replaced", ((voters._State, "_replace_dead", _dead_voters_stay),)
+        ),
+        "tokens_skipped_after_a_restart": Bug(
+            "a reader misses what the next attempt gives first", ((Stream, "publish", _first_tokens_skipped),)
+        ),
+        "tokens_taken_twice": Bug(
+            "a reader gets tokens again whose connection broke", ((Stream, "take", _tokens_taken_twice),)
         ),
         "wakes_nobody": Bug("who waits for a beat is not woken", ((Leadership, "renewed", _wakes_nobody),)),
     }

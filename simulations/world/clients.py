@@ -378,7 +378,6 @@ class Clients:
 
         await self._try(op, once)
 
-
     async def _transfer(self, place: int, op: Op) -> None:
         """As the API does: the one that leads now is to lead no more."""
 
