@@ -111,10 +111,11 @@ class Limits(Section, frozen=True):
 
 
 class Retention(Section, frozen=True):
-    """Finished tasks are forgotten when they are older than `age_s` or more than `count`."""
+    """Finished tasks are forgotten when they are older than `age_s`, or more than `count` or `total_bytes`."""
 
     age_s: float = 30 * 86_400.0
     count: int = 100_000
+    total_bytes: int = 1024**3  # of prompts and results; a cluster's store has room for 4 GiB in all
     events: int = limits.EVENTS_KEPT_MAX
 
 
@@ -172,6 +173,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "limits.queue_tasks_max": (1, 10_000_000),
     "retention.age_s": (60, 10 * 366 * 86_400),
     "retention.count": (1, 10_000_000),
+    "retention.total_bytes": (1024**2, 1024**4),
     "retention.events": (100, 1_000_000),
     "alerts.temperature_c": (0, 150),
     "alerts.temperature_clear_c": (0, 150),

@@ -14,12 +14,13 @@ from peer.state.key import ApiKey
 from peer.state.metric import Bucket
 from peer.state.model import Assignment, Draining, LoadProfile, Model
 from peer.state.plan import Leaving, Plan
-from peer.state.record import decode, idempotency_key, prefix_end
+from peer.state.record import bytes_of, decode, idempotency_key, prefix_end
 from peer.state.snapshot import Policy, Snapshot
 from peer.state.task import Idempotency, Task, TaskInput
 from peer.state.worker import Worker
 
 _PAGE = 1_000
+_PAGE_OF_ENDS = 20_000  # each is a few bytes
 _KINDS: Mapping[str, type[Record]] = {
     "worker/": Worker,
     "assignment/": Assignment,
@@ -71,7 +72,7 @@ async def load_snapshot(
         await _load_all(store, snapshot, prefix, kind)
     for status in ("queued", "running"):
         await _load_tasks(store, snapshot, f"by/status/{status}/")
-    snapshot.finished = await store.count("ended/", prefix_end("ended/"))
+    await _count_finished(store, snapshot)
     first = await store.range("event/", prefix_end("event/"), limit=1)
     if first.items:
         snapshot.events_from = decode(Event, first.items[0].value).id
@@ -87,6 +88,18 @@ async def _load_all(store: Store, snapshot: Snapshot, prefix: str, kind: type[Re
         for item in page.items:
             record = decode(kind, item.value)
             snapshot.load(rewind.plan(record, snapshot.started_at) if isinstance(record, Plan) else record)
+        if not page.more:
+            return
+        start = page.items[-1].key + "\0"
+
+
+async def _count_finished(store: Store, snapshot: Snapshot) -> None:
+    """How many tasks are finished, and what is kept of them."""
+    start, end = "ended/", prefix_end("ended/")
+    while True:
+        page = await store.range(start, end, limit=_PAGE_OF_ENDS)
+        snapshot.finished += len(page.items)
+        snapshot.finished_bytes += sum(bytes_of(item.value) for item in page.items)
         if not page.more:
             return
         start = page.items[-1].key + "\0"

@@ -31,7 +31,7 @@ from peer.state.key import ApiKey
 from peer.state.model import Model
 from peer.state.order import AttemptFinished, Order, Report, RunAttempt
 from peer.state.quota import Counted
-from peer.state.record import decode, ended_at, idempotency_key, prefix_end
+from peer.state.record import bytes_of, decode, ended_at, idempotency_key, prefix_end
 from peer.state.snapshot import Linked, Policy, Rumoured, Snapshot, StoreWrites
 from peer.state.task import Idempotency, Task
 from peer.streams import StreamHub
@@ -375,12 +375,11 @@ class Leader:
                 return
 
     async def _forget_old_tasks(self) -> bool:
-        """Retention: drop tasks that ended first, if they are beyond age or number. True: there may be more."""
-        page = await self._store.range(
-            "ended/", prefix_end("ended/"), limit=limits.RETENTION_BATCH, keys_only=True
-        )
+        """Retention: drop tasks that ended first, beyond age, number or bytes. True: there may be more."""
+        page = await self._store.range("ended/", prefix_end("ended/"), limit=limits.RETENTION_BATCH)
         oldest = [ended_at(item.key) for item in page.items]
-        names = [f"task/{each}" for each in retain.due(self._snapshot, self._clock.wall(), oldest)]
+        nbytes = [bytes_of(item.value) for item in page.items]
+        names = [f"task/{each}" for each in retain.due(self._snapshot, self._clock.wall(), oldest, nbytes)]
         if not names:
             return False
         tasks = [decode(Task, item.value) for item in (await self._store.get(names)).values()]

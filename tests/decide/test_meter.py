@@ -173,6 +173,17 @@ def test_tasks_too_old_or_too_many_are_due() -> None:
     assert retain.due(s, T0 - 1_000, oldest) == []
 
 
+def test_tasks_whose_prompts_and_results_take_too_much_room_are_due() -> None:
+    """A store that is full takes no beat, so that nobody can lead, nor forget anything."""
+    s = snapshot(replace(POLICY, retention_bytes=1_000))
+    oldest = [(T0 - 3, "a"), (T0 - 2, "b"), (T0 - 1, "c")]
+    s.finished, s.finished_bytes = 3, 1_000
+    assert retain.due(s, T0, oldest, [400, 300, 300]) == []
+    s.finished_bytes = 1_401
+    assert retain.due(s, T0, oldest, [400, 501, 500]) == ["a", "b"]
+    assert retain.due(s, T0, oldest) == ["a", "b", "c"]  # of unknown size
+
+
 def test_a_forgotten_task_leaves_nothing() -> None:
     world = World()
     for idempotency_key in ("", "i"):

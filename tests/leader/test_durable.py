@@ -147,6 +147,22 @@ async def test_old_and_surplus_tasks_are_forgotten(autojump_clock: Any) -> None:
         assert left == {LEADER_KEY, "worker", "event", "metric"}
 
 
+async def test_what_is_kept_of_finished_tasks_is_bounded_across_leaderships(autojump_clock: Any) -> None:
+    store, clock, entropy = MemoryStore(), VirtualClock(), Counting()
+    async with leading(store, clock=clock, entropy=entropy) as rig:
+        tasks = []
+        for _ in range(4):
+            tasks.append(await rig.running())
+            await rig.finish(tasks[-1], generated_text="x" * 100_000)
+        kept = rig.snapshot.finished_bytes
+        assert 400_000 < kept < 410_000
+    async with leading(store, clock=clock, entropy=entropy, retention_bytes=250_000) as rig:
+        await trio.sleep(2)
+        assert (rig.snapshot.finished, rig.snapshot.finished_bytes) == (2, kept // 2)
+        left = {key.removeprefix("result/") for key in store.data if key.startswith("result/")}
+        assert left == {task.task_id for task in tasks[2:]}
+
+
 async def test_retention_looks_once_a_second(autojump_clock: Any) -> None:
     """Each look is a read of the store, of a batch at most."""
     store = MemoryStore()
