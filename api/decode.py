@@ -12,7 +12,7 @@ from peer.errors import BadRequest
 
 T = TypeVar("T")
 
-_PATH = re.compile(r"^(?P<what>.*?)(?: - at `(?P<path>[^`]*)`)?$", re.DOTALL)
+_PATH = re.compile(r"^(?P<what>.*?)(?: - at (?:`key` in )?`(?P<path>[^`]*)`)?$", re.DOTALL)
 _INTEGRAL = re.compile(rb"[0-9](?:\.0|[eE])")
 _EXACT = 2**53  # beyond it a float says nothing of the last digits
 _NAMED = re.compile(r"field `(?P<name>[^`]*)`")

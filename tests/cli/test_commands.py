@@ -136,6 +136,39 @@ def test_submit_sends_what_was_asked(run: Run, stub: Stub) -> None:
     assert stub.headers[0]["idempotency-key"] == "k"
 
 
+def test_submit_sends_how_to_choose_tokens(run: Run, stub: Stub, tmp_path: Path) -> None:
+    stub.replies["POST /tasks"] = (201, QUEUED)
+    (tmp_path / "schema.json").write_text('{"type": "integer"}')
+    (tmp_path / "wrong.json").write_text("{")
+    ran = run(
+        "submit", "m", "hi", "--min-p", "0.1", "--presence-penalty", "-1", "--frequency-penalty", "0.5",
+        "--logit-bias", "42=-1.5", "--logit-bias", "7=3", "--logprobs", "--top-logprobs", "2",
+        "--json-schema", str(tmp_path / "schema.json"),
+    )  # fmt: skip
+    assert ran.code == 0
+    assert stub.requests[0][2]["parameters"] == {
+        "prompt": "hi",
+        "min_p": 0.1,
+        "presence_penalty": -1.0,
+        "frequency_penalty": 0.5,
+        "logit_bias": {"42": -1.5, "7": 3.0},
+        "logprobs": True,
+        "top_logprobs": 2,
+        "response_format": {"type": "json_schema", "schema": {"type": "integer"}},
+    }
+    assert run("submit", "m", "hi", "--json-object").code == 0
+    assert stub.requests[1][2]["parameters"] == {"prompt": "hi", "response_format": {"type": "json_object"}}
+    for wrong, text in (
+        (("--logit-bias", "42"), "42=-1.5"),
+        (("--logit-bias", "42=much"), "42=-1.5"),
+        (("--json-schema", str(tmp_path / "wrong.json")), "wrong.json is no JSON"),
+        (("--json-object", "--json-schema", str(tmp_path / "schema.json")), "either"),
+    ):
+        ran = run("submit", "m", "hi", *wrong)
+        assert (ran.code, len(stub.requests)) == (2, 2)
+        assert text in ran.err
+
+
 def test_submit_reads_the_prompt_from_a_pipe(run: Run, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     stub.replies["POST /tasks"] = (201, QUEUED)
     monkeypatch.setattr("sys.stdin", io.StringIO("from a pipe"))

@@ -41,6 +41,17 @@ async def test_a_run_starts_streams_and_finishes() -> None:
             ]
 
 
+async def test_logprobs_come_with_the_tokens_and_the_result() -> None:
+    async with rig() as it:
+        await it.run(prompt="the fox", logprobs=True)
+        done = await it.outcome()
+        assert isinstance(done, AttemptFinished)
+        assert [each.own.piece for each in done.logprobs] == [b"the", b"fox"]
+        it.streams.end("t1")
+        async with it.streams.subscribe("t1") as items:
+            assert tuple([each async for item in items for each in item.logprobs]) == done.logprobs
+
+
 async def test_the_worker_report_tells_what_there_is() -> None:
     async with rig(fake={"temperature_c": 51.0}) as it:
         report = await it.state(EngineState.READY)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from contextlib import aclosing
 from typing import Any
 
+import msgspec
 import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
+from engine import protocol
+from peer import limits
 from peer.adapters.clock import SystemClock
+from peer.attempt import Attempt
 from peer.errors import Unavailable
 from peer.state.command import StreamRestart, StreamToken, TaskView
-from peer.state.task import Status, Task, TaskResult
+from peer.state.order import RunAttempt
+from peer.state.task import Logprobs, Status, Task, TaskResult, TokenLogprob
 from peer.streams import Stream, StreamHub
 
 
@@ -285,3 +291,52 @@ async def test_an_error_comes_after_the_text_there_is() -> None:
     assert await anext(items) == item(1, 0, "ab")
     with pytest.raises(Unavailable, match="nobody leads"):
         await anext(items)
+
+
+def told(*numbers: int) -> tuple[Logprobs, ...]:
+    return tuple(Logprobs(TokenLogprob(number, b"x", -float(number))) for number in numbers)
+
+
+async def test_logprobs_come_with_their_tokens() -> None:
+    stream = Stream()
+    stream.publish(1, "a", 1, told(1))
+    stream.publish(1, "bc", 2, told(2, 3))
+    async with aclosing(stream.items()) as items:
+        assert (await anext(items)).logprobs == told(1, 2, 3)
+        stream.publish(1, "d", 1, told(4))
+        assert (await anext(items)).logprobs == told(4)
+        stream.publish(1, "e", 1)
+        assert (await anext(items)).logprobs == ()
+        stream.publish(2, "f", 1, told(9))
+        await anext(items)
+        assert (await anext(items)).logprobs == told(9)
+
+
+async def test_logprobs_of_another_peers_stream_and_of_a_result_fill_up_what_is_missing() -> None:
+    stream = Stream()
+    assert stream.take(msgspec.structs.replace(item(1, 0, "ab"), logprobs=told(1, 2)))
+    assert stream.take(msgspec.structs.replace(item(1, 0, "abc"), logprobs=told(1, 2, 3)))
+    view = view_of("abcde")
+    assert view.result is not None
+    result = msgspec.structs.replace(view.result, logprobs=told(1, 2, 3, 4))  # there was no room for the last
+    stream.finish(msgspec.structs.replace(view, result=result))
+    assert await all_of(stream) == [msgspec.structs.replace(item(1, 0, "abcde"), logprobs=told(1, 2, 3, 4))]
+
+
+def test_an_attempt_keeps_logprobs_up_to_a_bound_and_without_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "LOGPROBS_BYTES_MAX", 60)
+    order = RunAttempt(
+        epoch=1, worker_id="w", task_id="t", attempt=1, model_name="m", task_type="x", parameters={}
+    )
+    one = protocol.Logprobs(protocol.TokenLogprob("x", b"x", -0.12345678, 5))
+    kept = Logprobs(TokenLogprob(5, b"x", -0.123457))
+    attempt = Attempt(order)
+    assert attempt.take_logprobs([one, one]) == (kept, kept)
+    attempt.tokens += 2
+    assert attempt.take_logprobs([one, one]) == (kept,)  # over the bound by one at most
+    attempt.tokens += 2
+    assert attempt.take_logprobs([one]) == ()
+    assert attempt.logprobs == [kept] * 3
+    late = Attempt(order)
+    late.tokens = 1
+    assert late.take_logprobs([one]) == ()

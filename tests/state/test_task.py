@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import msgspec
 import pytest
 
+from peer.state.record import decode, encode
 from peer.state.task import (
+    SCHEMA_BYTES_MAX,
+    SCHEMA_DEPTH_MAX,
     SHOWN_STATUSES,
     TERMINAL,
     TRANSITIONS,
     Happening,
     IllegalTransition,
+    Logprobs,
     Status,
     Task,
+    TaskResult,
     TextGeneration,
+    TokenLogprob,
     run_s,
+    schema_problem,
     shown,
     stage,
     step,
@@ -77,8 +85,45 @@ def test_run_time() -> None:
 
 @pytest.mark.parametrize(
     "body",
-    [b'{"prompt":""}', b'{"max_tokens":0}', b'{"top_p":0}', b'{"wrong":1}', b'{"stop":[""]}', b'{"seed":-1}'],
-)
+    [
+        b'{"prompt":""}', b'{"max_tokens":0}', b'{"top_p":0}', b'{"wrong":1}', b'{"stop":[""]}', b'{"seed":-1}',
+        b'{"min_p":2}', b'{"presence_penalty":3}', b'{"frequency_penalty":-3}', b'{"logit_bias":{"x":1}}',
+        b'{"logit_bias":{"1":101}}', b'{"top_logprobs":21}', b'{"response_format":{"type":"text"}}',
+    ],
+)  # fmt: skip
 def test_parameters_are_bounded(body: bytes) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.json.decode(body, type=TextGeneration)
+
+
+def nested(depth: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {}
+    for _ in range(depth - 1):
+        schema = {"items": schema}
+    return schema
+
+
+def test_schemas_are_bounded() -> None:
+    assert schema_problem({}) == ""
+    assert schema_problem({"enum": [1, "a", None, 2**64 - 1, -(2**63), True, 1e300]}) == ""
+    assert schema_problem(nested(SCHEMA_DEPTH_MAX)) == ""
+    for depth in (SCHEMA_DEPTH_MAX + 1, 100_000):
+        assert schema_problem(nested(depth)) == f"nested more than {SCHEMA_DEPTH_MAX} deep"
+    for number in (2**64, -(2**63) - 1):
+        assert "64 bits" in schema_problem({"enum": [[{"const": number}]]})
+    assert schema_problem({"title": "x" * (SCHEMA_BYTES_MAX - 12)}) == ""
+    assert schema_problem({"title": "x" * (SCHEMA_BYTES_MAX - 11)}) == "65537 bytes, at most 65536"
+
+
+def test_logprobs_of_a_result_are_stored_compactly_and_counted() -> None:
+    best = tuple(TokenLogprob(number, b"\xff piece", -1.234567) for number in range(20))
+    plain = TaskResult(
+        task_id="t", attempt=1, worker_id="w", generated_text="abc", tokens_generated=1, prompt_tokens=1,
+        finish_reason="stop", processing_s=1.0, first_token_s=0.1,
+    )  # fmt: skip
+    assert plain.nbytes == 3
+    assert b"logprobs" not in encode(plain)
+    told = msgspec.structs.replace(plain, logprobs=(Logprobs(best[0], best),) * 50)
+    assert decode(TaskResult, encode(told)) == told
+    assert told.nbytes == 3 + 50 * 21 * (24 + 7)
+    assert len(encode(told)) - len(encode(plain)) == pytest.approx(told.nbytes, rel=0.2)
