@@ -1,8 +1,8 @@
 # make demo    a peer, a real model, a generated text, and everything stopped again
 # make run     the same peer in the foreground at http://127.0.0.1:8000
 # make cluster three peers with Serf and etcd on 127.0.0.1 to 127.0.0.3, until Ctrl-C
-# make test    all that the tests need, then style, types, imports and tests
-# make simulate        failure simulations: 300 bad days of whole clusters, 500 of their decisions alone
+# make test    all that the tests need, then style, types, imports, tests and failure simulations
+# make simulate        the simulations alone: 300 bad days of whole clusters, 500 of their decisions alone
 # make simulate-night  twenty times as many, and how many seeds each known bug takes to be found
 # make chaos   200 faults on a real cluster, drawn by a seed, and a table of them; needs root (ARGS='--faults 50 --seed 7')
 # make lint    style, types and imports only
@@ -37,6 +37,7 @@ test:
 	$(BIN)/coverage run -m pytest $(PURE)
 	$(BIN)/coverage report
 	$(BIN)/python -m pytest $(PURE:%=--ignore=%)
+	@$(MAKE) --no-print-directory simulate-ready
 
 simulate:
 	@.ci/setup test

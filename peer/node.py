@@ -181,6 +181,7 @@ class _Node:
         telemetries = await open_telemetry(self._devices)
         try:
             async with self._open_peer(telemetries) as peer, trio.open_nursery() as running:
+                peer.cluster.not_ready = "this peer is starting"
                 await running.start(peer.run)
                 app = create_app(peer.cluster, self._config, self._clock)
                 async with trio.open_nursery() as serving:

@@ -17,8 +17,8 @@ PATH = f"/cluster/hosts/{HOST}/drain"
 
 def hosts(models: int, tasks: int, *, draining: bool = True) -> tuple[int, Any]:
     """The answer of GET /cluster/hosts; another host stands before ours."""
-    ours = {"peer_id": HOST, "draining": draining, "models": models, "tasks": tasks}
-    other = {"peer_id": "gpu-1-ab12cd", "draining": False, "models": 7, "tasks": 9}
+    ours = {"peer_id": HOST, "status": "online", "draining": draining, "models": models, "tasks": tasks}
+    other = {"peer_id": "gpu-1-ab12cd", "status": "online", "draining": False, "models": 7, "tasks": 9}
     return 200, {"hosts": [other, ours], "total": 2}
 
 
