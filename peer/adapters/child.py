@@ -27,6 +27,7 @@ STOP_S_MAX: Final = 5.0  # from the polite signal to SIGKILL
 REAP_S_MAX: Final = 5.0  # after SIGKILL; a process stuck in the kernel is left behind and said so
 OUTPUT_S_MAX: Final = 0.3  # for the last lines of a process that is gone
 STEADY_S: Final = 60.0  # a death after so long is the first again
+LINES_PER_S_MAX: Final = 20  # of its output: strangers at its port make it write, and must not fill the disk
 _PASSED_ON: Final = frozenset({"PATH", "HOME", "LANG", "TZ", "TMPDIR"})
 _LAUNCHER: Final = Path(__file__).with_name("child_start.py")
 
@@ -144,7 +145,7 @@ class Child:
 
         async def read() -> None:
             with reading:
-                await log_lines(output, self._log.bind(pid=process.pid), self._say)
+                await log_lines(output, self._log.bind(pid=process.pid), self._say, per_s_max=LINES_PER_S_MAX)
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(read)

@@ -57,6 +57,8 @@ async def log_lines(
     descriptor: int,
     log: structlog.typing.FilteringBoundLogger,
     say: Callable[[str, structlog.typing.FilteringBoundLogger], None] | None = None,
+    *,
+    per_s_max: int = LINES_PER_S_MAX,
 ) -> None:
     """Read the pipe to its end; closes it. Lines beyond the rate are dropped and counted.
 
@@ -72,10 +74,10 @@ async def log_lines(
                 now = int(trio.current_time())
                 if now != second:
                     if dropped:
-                        log.warning("engine_output_dropped", lines=dropped)
+                        log.warning("output_dropped", lines=dropped)
                     second, count, dropped = now, 0, 0
                 count += 1
-                if count <= LINES_PER_S_MAX:
+                if count <= per_s_max:
                     say(line, log)
                 else:
                     dropped += 1
