@@ -228,9 +228,11 @@ def _dead_results_taken(snapshot: Snapshot, now: float, message: Any) -> Decisio
     return _report(snapshot, now, message)
 
 
-def _live_tasks_retired(snapshot: Snapshot, now: float, oldest: Sequence[tuple[float, str]]) -> list[str]:
-    live = sorted(snapshot.tasks)
-    return [*_due(snapshot, now, oldest), *live[:1]] if len(live) > 20 else _due(snapshot, now, oldest)
+def _live_tasks_retired(
+    snapshot: Snapshot, now: float, oldest: Sequence[tuple[float, str]], nbytes: Sequence[int] = ()
+) -> list[str]:
+    live, due = sorted(snapshot.tasks), _due(snapshot, now, oldest, nbytes)
+    return [*due, *live[:1]] if len(live) > 20 else due
 
 
 # ---------------------------------------------------------------- answers and events

@@ -253,6 +253,7 @@ def _policy() -> Policy:
         priority_step_s=600.0,
         retention_age_s=FOR_GOOD_S,
         retention_count=10_000_000,
+        retention_bytes=1 << 50,
         events_kept=_EVENTS_KEPT,
         memory_reserve_bytes=config.engine.memory_reserve_bytes,
     )
