@@ -9,12 +9,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from peer.cli.drill import HANDED_OVER_S_MAX
-from peer.limits import HOLD_S_MAX
+from peer.cli.drill import CRASH_S_MAX, HANDED_OVER_S_MAX
+from peer.limits import GUARD_S, HOLD_S_MAX
 from tests.process.cluster.cluster import Cluster, cluster
 from tests.process.cluster.hosts import DISK_BYTES, unusable
 from tests.process.cluster.member import Member
-from tests.process.peers import poll
+from tests.process.peers import BITINGLIP, poll
 
 pytestmark = [pytest.mark.process, pytest.mark.skipif(bool(unusable()), reason=unusable())]
 
@@ -73,6 +73,35 @@ def test_a_leader_that_stops_hands_over_first(made: Cluster) -> None:
     assert slowest < HANDED_OVER_S_MAX
     assert leader.process.returncode == 0
     made.settle()
+
+
+def test_a_crash_is_measured_while_somebody_kills_the_leader(made: Cluster) -> None:
+    leader, other = made.leader(), made.followers()[0]
+    log = other.host.folder / "drill.log"
+    command = [str(BITINGLIP), "drill", "leader", "--crash", "--json"]
+    drill = other.host.popen(command, log, {"BITINGLIP_DATA_DIR": str(other.data)})
+    poll("the drill waits for the crash", lambda: "kill the peer of" in log.read_text(), WAIT_S_MAX)
+    leader.kill()
+    poll("the drill has ended", lambda: drill.poll() is not None, WAIT_S_MAX)
+    found = json.loads(log.read_text().splitlines()[-1])
+    print(found)
+    assert drill.returncode == (0 if found["ok"] else 1)
+    assert found["leader_before"] == leader.peer_id != found["leader_after"]
+    (row, _) = found["rows"]
+    assert (
+        GUARD_S < row["measured_s"] < 3 * CRASH_S_MAX
+    )  # the promise is the benchmark's: this host may be busy
+    made.settle()
+
+
+def test_gossip_shows_hosts_and_their_load(made: Cluster) -> None:
+    def told() -> bool:
+        members = made.get(made.members[0], "/cluster/gossip")["members"]
+        return len(members) == len(made.members) and all(
+            each["status"] == "alive" and each["workers_up"] == each["workers"] == 1 for each in members
+        )
+
+    poll("all hosts have told their load", told, WAIT_S_MAX)
 
 
 def test_gossip_gets_a_new_key_which_a_new_host_has_too(made: Cluster) -> None:
