@@ -246,8 +246,8 @@ class Connection(Protocol):
     peer_id: str
     """The other side's, proven."""
 
-    async def send(self, frame: bytes) -> None:
-        """Hand a frame over, in order; waits while the other side does not read. Returning is no proof of arrival.
+    async def send(self, *frames: bytes) -> None:
+        """Hand frames over, in order; waits while the other side does not read. Returning is no proof of arrival.
 
         Raises Unavailable once the connection is broken, which to cancel it half-way may do.
         """

@@ -35,22 +35,27 @@ class FrameStream:
         self._sending = trio.StrictFIFOLock()
         self._receiving = trio.StrictFIFOLock()
 
-    async def send(self, frame: bytes) -> None:
-        """Raises Unavailable once it is over, or if the frame is larger than the bound.
+    async def send(self, *frames: bytes) -> None:
+        """All in one go, which is much cheaper than one by one. Raises Unavailable once it is over, or if a frame is
+        larger than the bound; then none is sent.
 
-        To cancel it breaks the connection, unless nothing of the frame has been sent: a part of it may be on its way,
-        and whatever followed would be read as its rest.
+        To cancel it breaks the connection, unless nothing has been sent: a part of a frame may be on its way, and
+        whatever followed would be read as its rest.
         """
-        if len(frame) > self.frame_bytes_max:
-            raise Unavailable(f"a frame of {len(frame)} bytes is too large for {self.who}", code="too_large")
+        parts: list[bytes] = []
+        for frame in frames:
+            if len(frame) > self.frame_bytes_max:
+                raise Unavailable(
+                    f"a frame of {len(frame)} bytes is too large for {self.who}", code="too_large"
+                )
+            parts += (len(frame).to_bytes(HEADER_BYTES, "big"), frame)
+        data = memoryview(b"".join(parts))
         async with self._sending:
             self.check()
             whole = False
             try:
-                first = CHUNK_BYTES - HEADER_BYTES
-                await self.stream.send_all(len(frame).to_bytes(HEADER_BYTES, "big") + frame[:first])
-                for start in range(first, len(frame), CHUNK_BYTES):
-                    await self.stream.send_all(frame[start : start + CHUNK_BYTES])
+                for start in range(0, len(data), CHUNK_BYTES):
+                    await self.stream.send_all(data[start : start + CHUNK_BYTES])
                 whole = True
             except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
                 self.end(_reason(error) or f"{self.who} does not take what is sent")

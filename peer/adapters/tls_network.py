@@ -50,10 +50,10 @@ class TlsConnection:
         self._held = held
         held[self] = None
 
-    async def send(self, frame: bytes) -> None:
+    async def send(self, *frames: bytes) -> None:
         """See peer.ports.Connection. A send that is cancelled half-way breaks the connection."""
         try:
-            await self._frames.send(frame)
+            await self._frames.send(*frames)
         finally:
             self._tidy()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Final
 
 import trio
@@ -14,6 +14,7 @@ from peer.link import wire
 from peer.ports import Connection
 
 _PING = wire.encode(wire.Ping())
+_BURST_BYTES: Final = 64 * 1024  # what stands in line goes out together, up to so much
 _PUT_MAX: Final = limits.FRAMES_WAITING_MAX // 2  # in line; the rest is for what cannot wait
 
 
@@ -122,13 +123,24 @@ class Session:
                 return
             with trio.move_on_after(limits.LINK_SILENT_S) as patience:
                 try:
-                    await self._connection.send(data)
+                    await self._connection.send(data, *self._more(_BURST_BYTES - len(data)))
                 except Unavailable as error:
                     self.end(error.message)
                     return
             if patience.cancelled_caught:
                 self.end(f"{self.peer_id} has not read for {limits.LINK_SILENT_S:g} s")
                 return
+
+    def _more(self, nbytes: int) -> list[bytes]:
+        """What else is in line, until there are so many bytes or more."""
+        found: list[bytes] = []
+        with suppress(trio.WouldBlock, trio.ClosedResourceError):
+            while nbytes > 0:
+                data = self._outbox.receive_nowait()
+                self._room.unpark()
+                found.append(data)
+                nbytes -= len(data)
+        return found
 
 
 async def receive(connection: Connection) -> bytes:

@@ -128,7 +128,11 @@ class SimConnection:
         self._incoming = incoming
         held[self] = None
 
-    async def send(self, frame: bytes) -> None:
+    async def send(self, *frames: bytes) -> None:
+        for frame in frames:
+            await self._send(frame)
+
+    async def _send(self, frame: bytes) -> None:
         world = self._fabric.world
         if not isinstance(frame, bytes) or len(frame) > limits.FRAME_BYTES_MAX:
             world.violated("port_contract", f"a frame of {len(frame)} bytes is sent by {self.other.peer_id}")

@@ -28,7 +28,7 @@ class Says:
         self._answers = [wire.encode(answer)]
         self._over = trio.Event()
 
-    async def send(self, frame: bytes) -> None:
+    async def send(self, *frames: bytes) -> None:
         await trio.lowlevel.checkpoint()
 
     async def receive(self) -> bytes:

@@ -77,7 +77,7 @@ class Stuck:
 
     peer_id = "p2"
 
-    async def send(self, frame: bytes) -> None:
+    async def send(self, *frames: bytes) -> None:
         await trio.sleep_forever()
 
     async def receive(self) -> bytes:
@@ -99,6 +99,8 @@ async def test_many_that_put_leave_room_for_what_is_posted(autojump_clock: objec
             ended.append(error.code)
 
     async with trio.open_nursery() as nursery, session.serve():
+        session.post(wire.Ping())
+        await trio.sleep(0.1)  # that one is on its way alone
         for _ in range(limits.FRAMES_WAITING_MAX):
             nursery.start_soon(put)
         await trio.sleep(0.1)
