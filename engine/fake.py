@@ -367,7 +367,8 @@ class FakeEngine:
         if "slow" in (self._fault, self._run_fault(run)):
             rate = (rate or FASTEST_TOKENS_PER_S) / SLOWDOWN
         now = time.monotonic()
-        truncated, logprobs = len(words) > most, bool(run.parameters.get("logprobs"))
+        truncated = len(words) > most
+        logprobs = bool(run.parameters.get("logprobs") or run.parameters.get("top_logprobs"))
         active = FakeRun(run.run_id, run.model, words[:most], len(words), truncated, rate, now, logprobs)
         self._send(Started(run_id=run.run_id, prompt_tokens=len(words)))
         model.active[run.run_id] = active

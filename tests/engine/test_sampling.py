@@ -81,6 +81,49 @@ def test_equal_to_the_plain_implementation(
     np.testing.assert_array_equal(values, before)
 
 
+class Mask:
+    """A grammar that allows the same tokens each time, and is complete after so many."""
+
+    def __init__(self, allowed: list[int], length: int = 99) -> None:
+        self._allowed, self._left = np.array(sorted(allowed)), length
+
+    def allowed(self) -> np.ndarray:
+        return self._allowed
+
+    def push(self, token: int) -> bool:
+        assert token in self._allowed
+        self._left -= 1
+        return self._left <= 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(distinct, parameters, st.sets(st.integers(0, VOCABULARY - 1), min_size=1))
+def test_a_grammar_leaves_what_it_allows_as_if_there_were_nothing_else(
+    logits: list[float], given_: dict[str, Any], allowed: set[int]
+) -> None:
+    given_ = given_ | {"logit_bias": {}}
+    values = np.array(logits, dtype=np.float32)
+    right = plain([v if t in allowed else -1e9 for t, v in enumerate(logits)], given_, [], [])
+    sampler = Sampler(given_, grammar=Mask(list(allowed)))
+    np.testing.assert_allclose(sampler.probabilities(values), right, rtol=1e-4, atol=1e-6)
+    assert all(sampler.choose(values) in allowed for _ in range(20))
+
+
+def test_a_sampler_is_complete_when_its_grammar_is() -> None:
+    sampler = Sampler({"temperature": 0}, grammar=Mask([3, 5], length=2))
+    values = np.arange(VOCABULARY, dtype=np.float32)
+    assert (sampler.choose(values), sampler.complete) == (5, False)
+    assert (sampler.choose(values), sampler.complete) == (5, True)
+    free = Sampler({"temperature": 0})
+    assert (free.choose(values), free.complete) == (VOCABULARY - 1, False)
+
+
+def test_who_asks_for_the_likeliest_tokens_wants_logprobs() -> None:
+    assert Sampler({"top_logprobs": 3}).top_logprobs == 3
+    assert Sampler({"logprobs": True}).top_logprobs == 0
+    assert Sampler({"logprobs": False, "top_logprobs": 0}).top_logprobs is None
+
+
 def test_draws_follow_the_probabilities() -> None:
     values = np.random.default_rng(2).standard_normal(VOCABULARY).astype(np.float32)
     sampler = Sampler({"seed": 5, "temperature": 0.9, "top_k": 9, "top_p": 0.95, "min_p": 0.05})

@@ -211,3 +211,15 @@ def test_a_stream_of_a_task_whose_engine_dies_says_so_and_goes_on(peers: Peers) 
     assert "".join(data["text"] for data in second) == prompt
     assert events[-1][0] == "done"
     assert events[-1][1]["result"]["generated_text"] == prompt
+
+
+def test_logprobs_go_from_the_engine_to_the_client(peers: Peers) -> None:
+    peer = peers.start()
+    parameters = {"prompt": "one two", "logprobs": True, "min_p": 0.1, "logit_bias": {"3": -1}}
+    task = peer.submit("", wait_s=10.0, parameters=parameters)
+    told = task["result"]["logprobs"]
+    assert [each["token"] for each in told] == ["one", "two"]
+    with peer.client.stream("GET", f"/tasks/{task['task_id']}/stream") as answer:
+        data = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+    tokens = [json.loads(each) for each in data[:-1]]
+    assert [each for token in tokens for each in token["logprobs"]] == told
