@@ -20,8 +20,9 @@ BROAD_EXCEPT_ALLOWED = frozenset(
         "engine.runner:supervise",  # the device may be in any state: the process reports it and ends
         "peer.adapters.sqlite_writer:_guarded",  # whatever a write raises, the store is broken then
         "peer.adapters.telemetry_amdsmi:open_amdsmi",  # AMD's package raises anything while it is imported
-        "peer.leader:_decide_command",  # a bug in a decision costs that command and no more
-        "peer.leader:_decide_report",  # likewise that report
+        "peer.adapters.tls_network:_serve",  # a bug in serving one caller ends no peer
+        "peer.deciding:command",  # a bug in a decision costs that command and no more
+        "peer.deciding:report",  # likewise that report
         "peer.registrar:answer",  # likewise a signature that fails
         "simulations.campaign:perform",  # a simulator that breaks in one run must not take the campaign with it
         "simulations.policy.driver:run",  # what no decision raised is the simulator's own fault, and says so
