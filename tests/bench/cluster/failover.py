@@ -25,7 +25,7 @@ from tests.process.cluster.member import Member
 from tests.process.peers import submission
 
 KILLS, CUTS = 20, 4
-QUICK_KILLS, QUICK_CUTS = 3, 1
+QUICK_KILLS, QUICK_CUTS = 2, 1
 GAP_S_MAX = 60.0
 PAUSE_S = 0.02
 BEGIN_S_MAX = 10.0
