@@ -299,7 +299,7 @@ class TaskDetail(Read):
     priority: int
     timeout: float
     attempt: int
-    tokens_so_far: int
+    tokens_so_far: int | None  # null: it runs on another host than the leader's, whose stream tells
     duration_seconds: float | None
     estimated_wait_seconds: float | None
     error: TaskError | None

@@ -152,7 +152,9 @@ class Answers:
             task = self._snapshot.tasks.get(query.task_id)
             if task is not None:
                 live = view.live_task(self._snapshot, self._clock.wall(), task)
-                return msgspec.structs.replace(live, tokens_so_far=self._streams.tokens_so_far(task.task_id))
+                elsewhere = live.peer_id not in ("", self._snapshot.peer_id)
+                tokens = None if elsewhere else self._streams.tokens_so_far(task.task_id)
+                return msgspec.structs.replace(live, tokens_so_far=tokens)
             recent = self._recent.get(query.task_id)
         if recent is not None:
             return recent

@@ -203,7 +203,7 @@ class TaskView(Record, frozen=True):
     result: TaskResult | None = None
     pending: tuple[PendingReason, ...] = ()
     estimated_wait_s: float | None = None  # None: nothing measured to estimate from
-    tokens_so_far: int = 0
+    tokens_so_far: int | None = 0  # of the attempt that runs; None: only the peer that runs it knows
     peer_id: str = ""  # where the attempt of an unfinished task is; "" while it is queued
 
 

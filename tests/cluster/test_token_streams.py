@@ -342,3 +342,32 @@ def test_streams_of_attempts_that_ended_here_are_forgotten_whoever_leads() -> No
         await until(lambda: task_id not in hub(fleet, runs)._streams, 20.0)
 
     in_a_cluster(script)
+
+
+def test_tokens_so_far_are_of_who_runs_the_attempt_or_unknown() -> None:
+    """A zero would say that a task has not begun that is half done."""
+
+    async def script(fleet: Fleet) -> None:
+        (leader,) = fleet.leaders()
+        cluster = fleet.cluster_of(leader)
+        await trio.sleep(5.0)
+        made = [(await cluster.call(submission(tokens=LONG))).view.task.task_id for _ in range(12)]
+        views: list[asks.TaskView] = []
+
+        async def both() -> bool:
+            views[:] = [await cluster.call(asks.GetTask(task_id=task_id)) for task_id in made]
+            return {view.peer_id == leader for view in views if view.task.status is Status.RUNNING} == {
+                True,
+                False,
+            }
+
+        with trio.fail_after(60.0):
+            while not await both():  # noqa: ASYNC110 - each look is a question
+                await trio.sleep(0.5)
+        await trio.sleep(1.0)
+        await both()
+        running = [view for view in views if view.task.status is Status.RUNNING]
+        assert all(view.tokens_so_far for view in running if view.peer_id == leader)
+        assert {view.tokens_so_far for view in running if view.peer_id != leader} == {None}
+
+    in_a_cluster(script)
