@@ -289,6 +289,7 @@ class Cluster:
         outcome.trace_tail = tuple(world.trace.tail)
         outcome.faults = self.injector.injected
         outcome.checks = self.checks + self.durable.checks + self.clients.checks
+        outcome.checks["quorum_is_not_given_away"] += self.electorate.asked
         outcome.sometimes = self.sometimes + self.durable.sometimes + self.clients.sometimes + world.counts
         marks = [*self.injector.marks, *self._led, *self.clients.marks]
         marks += [
