@@ -14,6 +14,7 @@ class Attempt:
     __slots__ = (
         "_logprobs_bytes",
         "attempt",
+        "chars",
         "logprobs",
         "model_name",
         "pieces",
@@ -28,6 +29,7 @@ class Attempt:
         self.attempt = order.attempt
         self.model_name = order.model_name
         self.pieces: list[str] = []
+        self.chars = 0
         self.tokens = 0
         self.prompt_tokens = 0
         self.stopping = False

@@ -285,6 +285,13 @@ class HostedWorker:
         attempt = self._attempts.get(message.run_id)
         if attempt is None or attempt.stopping:
             return
+        attempt.chars += len(message.text)
+        if attempt.chars > limits.RESULT_CHARS_MAX:
+            self.stop_attempt(message.run_id)
+            self._host.streams.close(attempt.task_id, attempt.attempt)
+            text = f"it generated more than {limits.RESULT_CHARS_MAX} characters, which is the most that is kept"
+            self._fail(message.run_id, attempt.task_id, attempt.attempt, "result_too_large", text, False)
+            return
         attempt.pieces.append(message.text)
         logprobs = attempt.take_logprobs(message.logprobs) if message.logprobs else ()
         attempt.tokens += message.count

@@ -16,6 +16,7 @@ TASK_TIMEOUT_S_MAX: Final = 86_400
 TASK_TIMEOUT_S_DEFAULT: Final = 300
 
 # leader
+RESULT_CHARS_MAX: Final = 1_000_000  # of one task: it goes in one frame and one transaction, whatever characters it has
 COMMANDS_WAITING_MAX: Final = 4_096  # handed over by the API, not yet taken by the leader
 BATCH_COMMANDS_MAX: Final = 256  # commands and reports in one group commit
 QUEUE_TASKS_MAX: Final = 100_000  # live tasks; more are refused with 503

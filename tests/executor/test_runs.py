@@ -6,6 +6,7 @@ import msgspec
 import pytest
 import trio
 
+from peer import limits
 from peer.errors import Fenced
 from peer.state.command import StreamToken
 from peer.state.order import (
@@ -50,6 +51,21 @@ async def test_logprobs_come_with_the_tokens_and_the_result() -> None:
         it.streams.end("t1")
         async with it.streams.subscribe("t1") as items:
             assert tuple([each async for item in items for each in item.logprobs]) == done.logprobs
+
+
+async def test_a_text_that_no_leader_could_take_fails_its_task_and_holds_nothing_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a report it would never go through, and all that came after it would wait behind it."""
+    monkeypatch.setattr(limits, "RESULT_CHARS_MAX", 12)
+    async with rig() as it:
+        await it.run(prompt="the quick brown fox")
+        failed = await it.outcome()
+        assert isinstance(failed, AttemptFailed)
+        assert (failed.code, failed.retryable) == ("result_too_large", False)
+        await it.run(task_id="t2", prompt="the fox")
+        done = await it.outcome("t2")
+        assert isinstance(done, AttemptFinished)
 
 
 async def test_the_worker_report_tells_what_there_is() -> None:
