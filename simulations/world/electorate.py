@@ -38,7 +38,7 @@ class Electorate:
         return [n for n, each in followers.linked.items() if not each.problem] if followers else []
 
     def _removes(self, by: str, voter: str) -> None:
-        """Before and after it those with sessions must be a quorum, whatever the store would say: it is asked before."""
+        """Before and after it those with sessions must be a quorum. The store is not asked yet."""
         self.asked += 1
         now, linked = self._world.now(), self._linked(by)
         voters = self._fleet.voters()
