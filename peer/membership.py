@@ -36,23 +36,27 @@ class Membership:
 
     async def run(self) -> None:
         """Until cancelled. An agent that does not answer leaves what was known."""
+        problem = ""
         while True:
             try:
                 await self._poll()
+                problem = ""
             except Unavailable as error:
-                log.warning("gossip_not_answering", why=error.message)
+                if not problem:  # once: it may last
+                    log.warning("gossip_not_answering", why=error.message)
+                problem = error.message
             await self._clock.sleep(limits.GOSSIP_POLL_S)
 
     async def _poll(self) -> None:
         after = {member.peer_id: member for member in await self._gossip.members()}
-        tags, mine = self._tags, after.get(self._peer_id)
-        if mine is None or mine.tags != tags:  # changed here, or lost by an agent that started anew
-            await self._gossip.set_tags(tags)
         changes = members.changes(self.members, after)
         self.members = MappingProxyType(after)
         for member in changes:
             log.info("member_changed", peer_id=member.peer_id, status=member.status)
             self._rumour(member)
+        tags, mine = self._tags, after.get(self._peer_id)
+        if mine is None or mine.tags != tags:  # changed here, or lost by an agent that started anew
+            await self._gossip.set_tags(tags)
 
     def seeds(self) -> tuple[str, ...]:
         """Gossip's addresses of some members that are alive, for a new one."""
