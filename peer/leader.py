@@ -145,6 +145,7 @@ class Leader:
         """In line with the reports; beside them, where the line is full, until the next tick."""
         try:
             self._inbox_send.send_nowait(evidence)
+            self._late_evidence.pop((type(evidence), evidence.peer_id), None)  # the older one would come after it
         except trio.WouldBlock:
             self._late_evidence[type(evidence), evidence.peer_id] = evidence
         except trio.BrokenResourceError:

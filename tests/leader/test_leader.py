@@ -26,7 +26,7 @@ from peer.state.order import StopAttempt
 from peer.state.task import Status
 from tests.decide.build import CATALOGUE, POLICY, failed, finished, replica, started
 from tests.leader.memory_store import MemoryStore
-from tests.leader.rig import Rig, ask, leading
+from tests.leader.rig import Counting, Rig, VirtualClock, ask, leading
 
 
 async def gather(*calls: Any) -> list[Any]:
@@ -278,6 +278,19 @@ async def test_a_full_inbox_refuses(autojump_clock: Any, monkeypatch: pytest.Mon
         rig.store.delay_s = 1
         answers = await gather(*(rig.submit() for _ in range(6)))
         assert {a.code for a in answers if isinstance(a, BitinglipError)} == {"overloaded"}
+
+
+async def test_evidence_that_found_no_room_does_not_come_after_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer that is back would be called dead by what was said of it before."""
+    monkeypatch.setattr(limits, "COMMANDS_WAITING_MAX", 1)
+    rig = Rig(MemoryStore(), VirtualClock(), POLICY, Counting())
+    await rig.begin()
+    rig.leader.rumour("p2", "alive")
+    rig.leader.linked("p2", up=False, dead=True)
+    assert len(rig.leader._late_evidence) == 1
+    rig.leader._inbox.receive_nowait()
+    rig.leader.linked("p2", up=True)
+    assert rig.leader._late_evidence == {}
 
 
 async def test_stopping_takes_nothing_new_and_begins_nothing(autojump_clock: Any) -> None:
