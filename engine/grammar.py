@@ -6,6 +6,7 @@ attempt costs is bounded: the schema's size and depth, and the library's work pe
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 Tokens = npt.NDArray[np.int64]
 SCHEMA_BYTES_MAX = 64 * 1024
 SCHEMA_DEPTH_MAX = 64
+STACK_BYTES = (
+    256 * 1024 * 1024
+)  # of address space; the longest chains that fit into a schema use a tenth of it
 _POWERS_OF_TEN = frozenset(float(f"1e{exponent}") for exponent in range(-9, 10))
 _SPACING: JsonCompileOptions = {
     "whitespace_flexible": False,
@@ -75,8 +79,7 @@ class Grammars:
         schema = _schema(response_format)
         if not self._vocabulary.ends:
             raise RunError("bad_parameters", "response_format: this model has no token that ends a text")
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_SPACING)
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        matcher = _compiled(self._tokenizer, schema)
         if matcher.is_error():
             raise _refusal(matcher)
         return Grammar(matcher, len(self._vocabulary.pieces))
@@ -135,6 +138,24 @@ class _Spelling:
     @cached_property
     def _longest_piece(self) -> int:
         return max(map(len, self.tokens))
+
+
+def _compiled(tokenizer: LLTokenizer, schema: str) -> LLMatcher:
+    """On a stack that is deep enough for any chain of references: the library goes down it and would crash."""
+    found: list[LLMatcher] = []
+
+    def compile_() -> None:
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_SPACING)
+        found.append(LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS))
+
+    usual = threading.stack_size(STACK_BYTES)
+    try:
+        thread = threading.Thread(target=compile_, name="grammar")
+        thread.start()
+    finally:
+        threading.stack_size(usual)
+    thread.join()
+    return found[0]
 
 
 def _refusal(matcher: LLMatcher) -> RunError:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jsonschema  # type: ignore[import-untyped]
+import msgspec
 import numpy as np
 import pytest
 
@@ -134,10 +135,12 @@ def test_a_vocabulary_without_a_letter_that_must_come_fails_the_run(vocabulary: 
     ],
 )
 def test_refusals(vocabulary: Vocabulary, wrong: Any, message: str) -> None:
+    def first_tokens() -> Any:
+        grammar = Grammars(vocabulary).begin(wrong)
+        return grammar and grammar.allowed()  # that no text keeps to it is found out here at the latest
+
     with pytest.raises(RunError, match=message) as caught:
-        started = Grammars(vocabulary).begin(wrong)
-        assert started is not None
-        started.allowed()  # that no text keeps to it is found out here at the latest
+        first_tokens()
     assert caught.value.code == "bad_parameters"
     assert "response_format" in str(caught.value)
 
@@ -154,6 +157,23 @@ def test_a_schema_of_any_depth_is_survived(vocabulary: Vocabulary) -> None:
     for depth in (SCHEMA_DEPTH_MAX // 2, 50_000):
         with pytest.raises(RunError, match="nested"):
             grammars.begin(nested(depth))
+
+
+@pytest.mark.parametrize("levels", [0, 1, 29])
+def test_a_chain_of_references_of_any_length_is_survived(vocabulary: Vocabulary, levels: int) -> None:
+    def schema(length: int) -> dict[str, Any]:
+        links: dict[str, Any] = {f"{length:x}": {"type": "integer"}}
+        for number in range(length):
+            link: dict[str, Any] = {"$ref": f"#/$defs/{number + 1:x}"}
+            for _ in range(levels):
+                link = {"allOf": [link]}
+            links[f"{number:x}"] = link if levels else {"type": "array", "items": link}
+        return {"$defs": links, "$ref": "#/$defs/0"}
+
+    length = SCHEMA_BYTES_MAX * 9 // 10 * 100 // len(msgspec.json.encode(schema(100)))
+    grammar = Grammars(vocabulary).begin({"type": "json_schema", "schema": schema(length)})
+    assert grammar is not None
+    assert grammar.push(int(grammar.allowed()[0])) is False
 
 
 def test_a_model_without_an_end_is_refused(vocabulary: Vocabulary) -> None:
