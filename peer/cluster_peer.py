@@ -56,6 +56,7 @@ log = structlog.get_logger("peer")
 
 _NOT_YET: Final = "this peer has just begun to lead: it is about to look at the store's members"
 _ELSEWHERE: Final = "the store is not run by this cluster: what the loss of a host means depends on it"
+_KNOCK_AGAIN_S: Final = 0.05
 _LOADING_S_MAX: Final = 60.0  # a new leader reads the store
 
 
@@ -302,19 +303,22 @@ class ClusterPeer:
     async def _knock(self, peer_id: str, leader: Leader) -> None:
         """A host where the peer's process has ended says so at once; one that is gone does not answer.
 
-        A session that has come meanwhile knows better: between hosts there may be what refuses in their stead.
+        While a process ends, its port may take a connection yet, which then breaks: so again. A session that has come
+        meanwhile knows better: between hosts there may be what refuses in their stead.
         """
-        address = self.membership.address(peer_id)
-        if address is None:
-            return
-        try:
-            connection = await self._network.dial(peer_id, address)
-        except Unavailable as error:
-            followers = self._followers
-            if error.code == REFUSED and (followers is None or peer_id not in followers.linked):
+        until = self._clock.now() + limits.RELINK_S  # then it is lost anyway
+        while (address := self.membership.address(peer_id)) and self._clock.now() < until:
+            try:
+                await (await self._network.dial(peer_id, address)).aclose()
+                return
+            except Unavailable as error:
+                refused, followers = error.code == REFUSED, self._followers
+            if followers is not None and peer_id in followers.linked:
+                return
+            if refused:
                 leader.linked(peer_id, False, dead=True)
-        else:
-            await connection.aclose()
+                return
+            await self._clock.sleep(_KNOCK_AGAIN_S)
 
     # ---------------------------------------------------------------- reports
 
