@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from peer.cli.common import client_options, emit, emit_object, json_option, pairs, say, shown, table
-from peer.cli.exits import BY_STATUS, CliError, Exit, foreseen
-from peer.errors import BitinglipError, ConfigError, Unavailable
+from peer.cli.exits import CliError, Exit, guarded
+from peer.errors import ConfigError
 
 if TYPE_CHECKING:
     from peer.cli.client import Client
@@ -54,7 +53,7 @@ def init(
         raise CliError(f"--cluster: expected 1 to {NAME_CHARS_MAX} printable characters", Exit.USAGE)
     _check_addresses(addresses)
     directory = _directory(data_dir)
-    peer_id, own = _guarded(directory, lambda: _init(directory, cluster, addresses))
+    peer_id, own = guarded(directory, lambda: _init(directory, cluster, addresses))
     if own and not addresses and _only_here(own):
         say(f"warning: no way to the outside was found, so other hosts would be sent to {own[0]}")
         say(
@@ -137,7 +136,7 @@ def join(
     _check_addresses(addresses)
     address = parse_host(host)
     directory = _directory(data_dir)
-    joined = _guarded(directory, lambda: _join(directory, address, text, addresses))
+    joined = guarded(directory, lambda: _join(directory, address, text, addresses))
     if as_json:
         emit_object(joined)
         return
@@ -284,21 +283,3 @@ def _directory(data_dir: str | None) -> Path:
     from peer.cli.client import find_data_dir
 
     return find_data_dir(data_dir, os.environ)
-
-
-def _guarded(directory: Path, work: Callable[[], Any]) -> Any:
-    """What can go wrong, in words. Raises CliError."""
-    kinds = (BitinglipError, ConfigError, OSError)
-    try:
-        return work()
-    except (*kinds, ExceptionGroup) as error:
-        known = foreseen(error, kinds)
-        if isinstance(known, Unavailable):
-            raise CliError(known.message, Exit.UNREACHABLE) from None
-        if isinstance(known, BitinglipError):
-            raise CliError(known.message, BY_STATUS.get(known.status, Exit.FAILED)) from None
-        if isinstance(known, ConfigError):
-            raise CliError(str(known), Exit.USAGE) from None
-        if isinstance(known, OSError):
-            raise CliError(f"{known.filename or directory}: {known.strerror}", Exit.FAILED) from None
-        raise

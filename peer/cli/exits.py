@@ -14,10 +14,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from enum import IntEnum
-from typing import IO, Any
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import click
+
+from peer.errors import BitinglipError, ConfigError, Unavailable
+
+T = TypeVar("T")
 
 
 class Exit(IntEnum):
@@ -67,3 +73,21 @@ class CliError(click.ClickException):
         click.echo(f"bitinglip: {self.message}", file=stream)
         if self.hint:
             click.echo(f"  {self.hint}", file=stream)
+
+
+def guarded(directory: Path, work: Callable[[], T]) -> T:
+    """What `work`, on this folder, returns. Raises CliError with what went wrong, in words."""
+    kinds = (BitinglipError, ConfigError, OSError)
+    try:
+        return work()
+    except (*kinds, ExceptionGroup) as error:
+        known = foreseen(error, kinds)
+        if isinstance(known, Unavailable):
+            raise CliError(known.message, Exit.UNREACHABLE) from None
+        if isinstance(known, BitinglipError):
+            raise CliError(known.message, BY_STATUS.get(known.status, Exit.FAILED)) from None
+        if isinstance(known, ConfigError):
+            raise CliError(str(known), Exit.USAGE) from None
+        if isinstance(known, OSError):
+            raise CliError(f"{known.filename or directory}: {known.strerror}", Exit.FAILED) from None
+        raise

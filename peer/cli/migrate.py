@@ -13,9 +13,9 @@ import msgspec
 import trio
 
 from peer.cli.common import emit_object, json_option, say, shown
-from peer.cli.exits import BY_STATUS, CliError, Exit, foreseen
+from peer.cli.exits import CliError, Exit, guarded
 from peer.config import Config
-from peer.errors import BitinglipError, ConfigError, Conflict, NotFound, Unavailable
+from peer.errors import ConfigError, Conflict, NotFound
 from peer.settings import split_bind
 
 if TYPE_CHECKING:
@@ -56,11 +56,11 @@ def migrate(direction: str | None, config_file: str | None, data_dir: str | None
     config = _config(config_file, data_dir)
     directory = Path(config.data_dir)
     if direction == "confirm":
-        marker = _guarded(directory, lambda: migration.confirm(directory))
+        marker = guarded(directory, lambda: migration.confirm(directory))
         _tell(marker, "confirmed", f"the cluster's store counts; {migration.KEPT} is removed", as_json)
         return
     work: Work = migration.back if direction == "back" else migration.migrate
-    done = _guarded(directory, lambda: _run(config, work))
+    done = guarded(directory, lambda: _run(config, work))
     if direction is None:
         _tell(done, "migrated", f"the old store is kept as {migration.KEPT}", as_json)
         say("start the peer: bitinglip up; when all is well: bitinglip migrate --confirm")
@@ -92,18 +92,18 @@ def takeover(yes: bool, force: bool, config_file: str | None, data_dir: str | No
             return ()  # it was asked and begun before
         return taking.lost_members(directory)
 
-    lost = _guarded(directory, look)
+    lost = guarded(directory, look)
     if lost:
         _ask(lost, yes)
         ports = {split_bind(bind)[1] for bind in (config.link.bind, config.store.bind)}
-        answering = _guarded(directory, lambda: trio.run(taking.reachable, lost, sorted(ports)))
+        answering = guarded(directory, lambda: trio.run(taking.reachable, lost, sorted(ports)))
         if answering and not force:
             raise CliError(
                 f"{', '.join(answering)} takes connections: that host is not lost",
                 Exit.CONFLICT,
                 "switch it off for good first; --force if something else answers there",
             )
-    done = _guarded(directory, lambda: _run(config, taking.take_over))
+    done = guarded(directory, lambda: _run(config, taking.take_over))
     _tell(done, "alone", "this host is the only voter of its cluster", as_json)
     say("start it: bitinglip up; a lost host must not come back with its old data directory")
 
@@ -193,21 +193,3 @@ def _tell(done: Marker | None, state: str, text: str, as_json: bool) -> None:
     if done is not None:
         print(f"{done.records} records, {done.nbytes} bytes, compared one by one; SHA-256 {done.digest}")
     print(text)
-
-
-def _guarded(directory: Path, work: Callable[[], T]) -> T:
-    """What can go wrong, in words. Raises CliError."""
-    kinds = (BitinglipError, ConfigError, OSError)
-    try:
-        return work()
-    except (*kinds, ExceptionGroup) as error:
-        known = foreseen(error, kinds)
-        if isinstance(known, Unavailable):
-            raise CliError(known.message, Exit.UNREACHABLE) from None
-        if isinstance(known, BitinglipError):
-            raise CliError(known.message, BY_STATUS.get(known.status, Exit.FAILED)) from None
-        if isinstance(known, ConfigError):
-            raise CliError(str(known), Exit.USAGE) from None
-        if isinstance(known, OSError):
-            raise CliError(f"{known.filename or directory}: {known.strerror}", Exit.FAILED) from None
-        raise
