@@ -46,20 +46,22 @@ class Bug:
 _candidate = elect.candidate
 
 
-def _no_guard(peer_id: str, seen: elect.Seen, guard: elect.Guard | None, evidence: str, now: float) -> Any:
-    kept, action = _candidate(peer_id, seen, guard, evidence, now)
+def _no_guard(
+    peer_id: str, seen: elect.Seen, guard: elect.Guard | None, evidence: str, now: float, aside_until: float
+) -> Any:
+    kept, action = _candidate(peer_id, seen, guard, evidence, now, aside_until)
     if kept is not None and evidence:
         return kept, Depose(seen.epoch, None, evidence)
     return kept, action
 
 
 def _guard_without_condition(
-    peer_id: str, seen: elect.Seen, guard: elect.Guard | None, evidence: str, now: float
+    peer_id: str, seen: elect.Seen, guard: elect.Guard | None, evidence: str, now: float, aside_until: float
 ) -> Any:
     """The beat is looked at once: that it stood still for the time is taken for granted."""
     if guard is not None and guard.epoch == seen.epoch:
         seen = changed_seen(seen, guard.beat_revision)
-    kept, action = _candidate(peer_id, seen, guard, evidence, now)
+    kept, action = _candidate(peer_id, seen, guard, evidence, now, aside_until)
     if isinstance(action, Depose):
         return kept, Depose(action.epoch, None, action.reason)
     return kept, action
