@@ -18,6 +18,7 @@ from msgspec.structs import replace as changed
 
 from peer import cluster_peer, establish, routing
 from peer.adapters.fenced_commits import FencedCommits
+from peer.answers import not_leading
 from peer.decide import admit, elect, place, rebalance, record, retain, schedule, voters, workers
 from peer.decide.decision import Decision
 from peer.decide.elect import Depose
@@ -162,6 +163,9 @@ async def _time_outs_taken_for_done(self: Leader, writes: Any) -> None:
 
 @asynccontextmanager
 async def _reads_what_is_in_flight(self: Leader) -> AsyncIterator[None]:
+    await trio.lowlevel.checkpoint()
+    if self._voucher.lost:  # who asks again and again is told, or no time would pass
+        raise not_leading()
     yield
 
 
