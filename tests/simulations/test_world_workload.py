@@ -213,6 +213,7 @@ def test_what_is_drawn_is_in_order_and_refers_to_submits() -> None:
         assert drawn == scenario(seed)
     assert kinds == {
         "submit", "get", "wait", "cancel", "list", "events", "stream", "assign", "unload", "rebalance", "restart",
+        "drain", "undrain", "transfer",
     }  # fmt: skip
 
 
