@@ -14,6 +14,9 @@ DOCS: Final = Path(__file__).resolve().parents[2] / "docs" / "simulations.md"
 # How large the runs are: hosts (None: as the seed draws) and seconds of faults.
 SHAPES: Final[dict[Level, tuple[int | None, float]]] = {"policy": (4, 240.0), "world": (None, 90.0)}
 
+# A defect that needs a rare hour: its runs are as long as the seed draws.
+LONG: Final = frozenset({"beats_unfenced"})
+
 
 def table(level: Level, found: Sequence[Hunted]) -> str:
     hosts, fault_s = SHAPES[level]
@@ -27,7 +30,8 @@ def table(level: Level, found: Sequence[Hunted]) -> str:
     ]
     for each in found:
         seeds = str(each.seeds) if each.seed is not None else f"not in {each.seeds}"
-        lines.append(f"| {each.bug} | {seeds} | {each.check} |")
+        length = ", as long as drawn" if each.bug in LONG else ""
+        lines.append(f"| {each.bug} | {seeds}{length} | {each.check} |")
     return "\n".join(lines)
 
 
@@ -45,7 +49,8 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     level: Level = "world" if arguments[0] == "world" else "policy"
     names = list(BUGS) if level == "policy" else known_bugs(level)
-    hunts = [Hunt(level, name, *SHAPES[level]) for name in names]
+    hosts, fault_s = SHAPES[level]
+    hunts = [Hunt(level, name, hosts, None if name in LONG else fault_s) for name in names]
     found = list(each_in_order(hunt, hunts, cores()))
     text = table(level, found)
     print(text)

@@ -151,13 +151,14 @@ async def _commits_hoped_for(self: Leader, writes: Any) -> None:
     self._over = False
 
 
-async def _time_outs_taken_for_done(self: Leader, writes: Any) -> None:
-    if not writes:
+async def _time_outs_taken_for_done(self: Leader, transactions: Any) -> None:
+    if not transactions:
         return
-    changes: list[Write] = [Put(k, v) if v is not None else Delete(k) for k, v in writes.items()]
     self._over = True
-    with suppress(Exception):  # a defect on purpose: whatever the store said, it is taken for done
-        await self._store.commit(self._snapshot.epoch, changes)
+    for writes in transactions:
+        changes: list[Write] = [Put(k, v) if v is not None else Delete(k) for k, v in writes.items()]
+        with suppress(Exception):  # a defect on purpose: whatever the store said, it is taken for done
+            await self._store.commit(self._snapshot.epoch, changes)
     self._over = False
 
 
@@ -246,7 +247,7 @@ def _live_tasks_retired(
 _RoutedEvents = routing.RoutedCluster._all_events
 
 
-async def _events_resumed_late(self: Any, last: int, events: Any) -> AsyncIterator[Any]:
+async def _events_resumed_late(self: Any, last: int, events: Any, client: Any) -> AsyncIterator[Any]:
     """After a failover the reader goes on one event too far."""
     while True:
         try:
@@ -256,10 +257,10 @@ async def _events_resumed_late(self: Any, last: int, events: Any) -> AsyncIterat
         except Unavailable:
             pass
         at = last + 1
-        _, events = await self._held(lambda at=at: self._source(at), repeatable=True)
+        _, events = await self._held(lambda at=at: self._source(at, client), repeatable=True)
 
 
-async def _events_resumed_early(self: Any, last: int, events: Any) -> AsyncIterator[Any]:
+async def _events_resumed_early(self: Any, last: int, events: Any, client: Any) -> AsyncIterator[Any]:
     while True:
         try:
             async for event in events:
@@ -268,7 +269,7 @@ async def _events_resumed_early(self: Any, last: int, events: Any) -> AsyncItera
         except Unavailable:
             pass
         at = max(0, last - 1)
-        _, events = await self._held(lambda at=at: self._source(at), repeatable=True)
+        _, events = await self._held(lambda at=at: self._source(at, client), repeatable=True)
 
 
 async def _wakes_nobody(self: Leadership) -> None:

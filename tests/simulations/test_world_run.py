@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from simulations.bugs.world import BUGS
 from simulations.errors import SimulatorError
 from simulations.scenario import Fault, Scenario
 from simulations.world.draw import draw
@@ -119,11 +121,20 @@ def test_a_fault_that_does_not_exist_is_the_simulators() -> None:
         run(Scenario(seed=1, hosts=3, fault_s=5.0, faults=(Fault(at_s=1.0, kind="locusts"),)))
 
 
-@pytest.mark.parametrize(
-    "bug", ["no_silence_guard", "time_outs_taken_for_done", "event_number_skipped"]
-)
+@pytest.mark.parametrize("bug", ["no_silence_guard", "time_outs_taken_for_done", "event_number_skipped"])
 def test_known_bugs_are_found(bug: str) -> None:
     for seed in range(20):
         if run(draw(seed, fault_s=60.0), bug=bug).failure is not None:
             return
     pytest.fail(f"{bug} was not found in 20 seeds")
+
+
+@pytest.mark.parametrize("bug", sorted(BUGS))
+def test_a_known_bug_takes_what_it_stands_in_for(bug: str) -> None:
+    """Else it ends the peer at its first call, and is found for a wrong reason."""
+    for where, name, instead in BUGS[bug].patches:
+        takes = inspect.signature(instead).parameters.values()
+        if any(each.kind is each.VAR_POSITIONAL for each in takes):
+            continue
+        wanted = inspect.signature(vars(where)[name]).parameters
+        assert len(takes) == len(wanted), f"{name}: {list(wanted)}"
