@@ -20,7 +20,7 @@ import structlog
 import trio
 
 from peer import limits
-from peer.adapters.engine_log import log_lines
+from peer.adapters.child_log import log_lines
 from peer.adapters.supervision import after_death
 
 STOP_S_MAX: Final = 5.0  # from the polite signal to SIGKILL

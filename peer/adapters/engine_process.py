@@ -46,7 +46,7 @@ from engine.protocol import (
 )
 from peer import limits
 from peer.adapters.child import exited
-from peer.adapters.engine_log import log_lines
+from peer.adapters.child_log import log_lines
 from peer.adapters.supervision import after_death
 from peer.engines import Device, EngineEvents
 from peer.ports import Clock

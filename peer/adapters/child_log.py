@@ -1,6 +1,6 @@
-"""What an engine process writes, as lines of the peer's log. Bounded in length and rate.
+"""What a child process writes, as lines of the peer's log. Bounded in length and rate.
 
-Other children's output is read the same way, with a `say` of their own.
+Engines write records of their own (`engine.process.log`); programs of others have a `say` of theirs.
 """
 
 from __future__ import annotations
