@@ -196,9 +196,9 @@ def self_test(name: DeviceName) -> float:
     import numpy as np
     from tinygrad import Device
 
-    from engine import llvm, programs
+    from engine import compatibility, llvm, programs
 
-    programs.install()
+    programs.install(compatibility.digest(compatibility.facts(name)))
     if name.compiler == "LLVM":
         llvm.install()
     try:

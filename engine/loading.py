@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from tinygrad import Device
 from tinygrad.helpers import CPU_COUNT, GlobalCounters
 
+from engine import programs
 from engine.batching import Batcher
 from engine.checkpoint import open_checkpoint, vocabulary_of
 from engine.device import DeviceName, memory_available
@@ -45,7 +46,7 @@ def memory_used() -> int:
 
 def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: Progress) -> LoadedModel:
     """Read, check, upload, capture. Raises LoadError, after which the device holds nothing of the model."""
-    began, before = time.monotonic(), memory_used()
+    began, before, compiled_before = time.monotonic(), memory_used(), programs.compiled()
     checkpoint = open_checkpoint(load.path)
     family = check_family(checkpoint, load.family)
     vocabulary = vocabulary_of(checkpoint)
@@ -91,6 +92,7 @@ def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: P
         load_s=time.monotonic() - began,
         context=context,
         slots=slots,
+        kernels_compiled=programs.compiled() - compiled_before,
     )
     return LoadedModel(Batcher(graphs, vocabulary), graphs, loaded)
 

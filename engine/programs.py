@@ -2,19 +2,21 @@
 
 tinygrad keeps only what its compiler made and lowers every kernel to source again to find it, 50 ms of Python each:
 most of a warm start. `install` keeps the finished program under the kernel's own key, in the same private file.
+A key begins with what kernels were made for (`engine.compatibility`), so that a peer can pick those that another
+host may use.
 """
 
 from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from importlib.metadata import version
 from typing import Any
 
 from tinygrad.codegen import to_program
 from tinygrad.engine import realize
 from tinygrad.helpers import (
     ALLOW_TF32,
+    BEAM,
     CPU_COUNT,
     DISABLE_FAST_IDIV,
     EMULATED_DTYPES,
@@ -30,10 +32,9 @@ from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import Ops, UOp
 
 TABLE = "bitinglip_programs"
-LOWERING = 1  # raise it when engine.llvm changes what a kernel is lowered to
 _SETTINGS = (
     ALLOW_TF32,
-    CPU_COUNT,
+    BEAM,
     DISABLE_FAST_IDIV,
     EMULATED_DTYPES,
     IMAGE,
@@ -42,22 +43,35 @@ _SETTINGS = (
     TRANSCENDENTAL,
     USE_TC,
 )
-_TINYGRAD = version("tinygrad")
 _programs: dict[str, UOp] = {}
+_made_for = ""
+_compiled = 0
 
 
-def install() -> None:
-    """Make tinygrad look here before it lowers a kernel. Call it before the first kernel."""
+def install(made_for: str = "") -> None:
+    """Make tinygrad look here before it lowers a kernel. Call it before the first kernel.
+
+    `made_for` is `engine.compatibility.digest` of this device.
+    """
+    global _made_for
+    _made_for = made_for
     realize.to_program = stored_program
+
+
+def compiled() -> int:
+    """How many kernels this process has lowered and compiled because they were kept nowhere."""
+    return _compiled
 
 
 def stored_program(ast: UOp, renderer: Any) -> UOp:
     """`tinygrad.codegen.to_program`, from memory, the cache file or tinygrad."""
+    global _compiled
     key = _key(ast, renderer)
     program = _programs.get(key)
     if program is None:
         program = diskcache_get(TABLE, key)
         if program is None:
+            _compiled += 1
             program = _without_source_graph(to_program(ast, renderer), renderer)
             diskcache_put(TABLE, key, program)
         _programs[key] = program
@@ -65,17 +79,17 @@ def stored_program(ast: UOp, renderer: Any) -> UOp:
 
 
 def _key(ast: UOp, renderer: Any) -> str:
+    target = renderer.target  # its interface and index say which card it is, not which kernels it runs
     parts = (
-        LOWERING,
-        _TINYGRAD,
         ast.key.hex(),
         ast.tag,
         type(renderer).__name__,
-        renderer.target,
+        (target.device, target.renderer, target.arch),
         renderer.compiler.cachekey,
+        CPU_COUNT.value if target.device == "CPU" else None,
         *(setting.value for setting in _SETTINGS),
     )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    return f"{_made_for}:{hashlib.sha256(repr(parts).encode()).hexdigest()}"
 
 
 def _without_source_graph(program: UOp, renderer: Any) -> UOp:

@@ -137,6 +137,7 @@ class Loaded(Message, frozen=True, tag="loaded"):
     load_s: float
     context: int
     slots: int
+    kernels_compiled: int = 0  # that were not in the cache
 
 
 class LoadFailed(Message, frozen=True, tag="load_failed"):

@@ -246,7 +246,12 @@ class Engine:
             model = load_model(load, slots, self._name, self._memory_limit, self._progress)
             self._models[load.model] = model
             self._outbox.send(model.loaded)
-            log("loaded", model=load.model, load_s=round(model.loaded.load_s, 3))
+            log(
+                "loaded",
+                model=load.model,
+                load_s=round(model.loaded.load_s, 3),
+                kernels_compiled=model.loaded.kernels_compiled,
+            )
         except LoadError as error:
             log("load_failed", model=load.model, code=error.code, error=str(error))
             self._outbox.send(LoadFailed(model=load.model, code=error.code, message=str(error)))

@@ -138,6 +138,38 @@ def check_issued(certificate_pem: str, ca_pem: str, key_pem: str, now: float) ->
     return subject
 
 
+# ---------------------------------------------------------------- files that a host signs
+
+
+def sign(key_pem: str, data: bytes) -> bytes:
+    """A signature of `data` by this private key. Raises ConfigError."""
+    return _private(key_pem).sign(data, ec.ECDSA(hashes.SHA256()))
+
+
+def signer_of(certificate_pem: str, ca_pem: str, signature: bytes, data: bytes, now: float) -> Subject:
+    """Whose signature it is: of a host that the CA issued a certificate for, which holds now. Raises Unauthorized.
+
+    Whether the host has been revoked since is for the caller to know.
+    """
+    try:
+        certificate = _certificate(certificate_pem)
+        certificate.verify_directly_issued_by(_certificate(ca_pem))
+        key = certificate.public_key()
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            raise ValueError("its key is not of the kind that bitinglip makes")
+        key.verify(signature, data, ec.ECDSA(hashes.SHA256()))
+    except InvalidSignature:
+        raise Unauthorized("it is not signed by a host of this cluster, or was changed since") from None
+    except (ConfigError, *_BAD) as error:
+        raise Unauthorized(f"the certificate that it is signed with is not usable: {error}") from None
+    subject = subject_of(der_of(_certificate_pem(certificate)))
+    if not subject.not_before <= now < subject.not_after:
+        raise Unauthorized(
+            f"the certificate of {subject.peer_id} that it is signed with held until {_moment(subject.not_after)}"
+        )
+    return subject
+
+
 # ---------------------------------------------------------------- the CA
 
 

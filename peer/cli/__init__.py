@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "leadership": ("peer.cli.operations", "Hand the leadership over."),
     "gossip-key": ("peer.cli.operations", "Give gossip a new key."),
     "drill": ("peer.cli.drill", "Measure a failover on this cluster."),
+    "engine-cache": ("peer.cli.engine_cache", "Take compiled kernels to another host."),
     "config": ("peer.cli.check", "Check a configuration file."),
     "migrate": ("peer.cli.migrate", "Take a single node's store into a cluster's, or back."),
     "takeover": ("peer.cli.migrate", "Go on alone when the cluster's voters are lost."),

@@ -119,7 +119,9 @@ def recorded(_: Path) -> None:
 def stored(_: Path) -> None:
     """A kernel's program comes from the cache file the second time, without being lowered again."""
     given, length = inputs(), UOp.variable("length", 1, LENGTH).bind(2)
+    assert programs.compiled() == 0
     step(given, length).realize()
+    assert programs.compiled() > 0
     programs._programs.clear()
     lower = programs.to_program
 
