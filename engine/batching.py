@@ -1,15 +1,16 @@
 """Continuous batching: which token of which run goes into the next step, and what comes out of it.
 
 Knows nothing of devices: a `StepModel` computes, this file decides. Every step has a row for each decoding run, and
-what is left of the row budget goes to prompts, in turns, so that a long prompt delays the others by one step at most.
-A run leaves its slot in the step that ends it, and the next one that waits takes it.
+as many for prompts as streams can bear (`engine.pacing`); when there are no prompts, rows to spare compute guessed
+tokens (`engine.speculation`). A run leaves its slot in the step that ends it, and the next one that waits takes it or
+another, whose cache has most of its prompt (`engine.prefixes`).
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ import numpy.typing as npt
 from engine.chat import prompt_tokens
 from engine.errors import RunError
 from engine.grammar import Grammars
+from engine.pacing import Bucket, StepTimes, prompt_rows, share
+from engine.prefixes import Slots, TokenIds
 from engine.protocol import (
     Finished,
     FinishReason,
@@ -31,6 +34,7 @@ from engine.protocol import (
     Tokens,
 )
 from engine.sampling import Sampler, StopStrings
+from engine.speculation import PROPOSED_MAX, Acceptance, proposal, rows_beyond
 from engine.tokenizer import Detokenizer, Vocabulary
 
 RUNS_WAITING_MAX = 1024
@@ -47,14 +51,22 @@ class Row:
 
 
 class StepModel(Protocol):
-    """A loaded model. Slots are independent of each other."""
+    """A loaded model. Slots are independent of each other; a row sees what is cached before its own position."""
 
     slots: int
     context: int  # tokens of a slot
-    rows_max: int  # of one step
+
+    @property
+    def buckets(self) -> Sequence[Bucket]:
+        """Sizes of steps, by rising rows."""
+        ...
 
     def step(self, rows: Sequence[Row], wanted: Sequence[int]) -> npt.NDArray[np.float32]:
         """Compute and cache `rows`; the logits of rows[w] for each w of `wanted`, [len(wanted), vocabulary]."""
+        ...
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Cache in slot `target` what slot `source` has at its first `length` positions."""
         ...
 
 
@@ -64,24 +76,38 @@ class DeviceFault(Exception):
 
 @dataclass
 class _Active:
-    """A run in a slot. `next_token` is what its next decoding row computes."""
+    """A run in a slot. Its tokens are prompt and text; `filled` of them are in the cache."""
 
     run_id: str
     slot: int
-    prompt: list[int]
+    prompt: int  # tokens of the prompt
+    buffer: TokenIds  # tokens, with room for all there can be
     sampler: Sampler
     stops: StopStrings
     detokenizer: Detokenizer
-    max_tokens: int
     started_s: float
-    filled: int = 0  # positions in the cache
-    next_token: int = -1
+    filled: int
+    cached: int  # of the prompt, when it began
     generated: int = 0
     first_token_s: float = 0.0
+    acceptance: Acceptance = field(default_factory=Acceptance)
+
+    @property
+    def most(self) -> int:
+        """Tokens that it may generate."""
+        return len(self.buffer) - self.prompt
+
+    @property
+    def tokens(self) -> TokenIds:
+        return self.buffer[: self.prompt + self.generated]
 
     @property
     def decoding(self) -> bool:
-        return self.filled >= len(self.prompt)
+        return self.filled >= self.prompt
+
+    def rows(self, until: int) -> list[Row]:
+        """Of the positions from `filled` on."""
+        return [Row(int(self.buffer[at]), self.slot, at) for at in range(self.filled, until)]
 
 
 @dataclass
@@ -93,23 +119,44 @@ class _Waiting:
 
 @dataclass
 class _Plan:
-    """A step's rows; `wanted[i]` is the row whose logits run `runs[i]` needs."""
+    """A step's rows; `wanted` are those whose logits `runs` need: each one's last row, and one per proposed token."""
 
     rows: list[Row] = field(default_factory=list)
     wanted: list[int] = field(default_factory=list)
-    runs: list[_Active] = field(default_factory=list)
+    runs: list[tuple[_Active, list[int]]] = field(default_factory=list)
+
+    def draw(self, run: _Active, proposed: list[int]) -> None:
+        """Its last row has been added: have its next token drawn from that, and what is proposed tried."""
+        last = self.rows[-1]
+        self.wanted += range(len(self.rows) - 1, len(self.rows) + len(proposed))
+        self.rows += [Row(token, run.slot, last.position + 1 + at) for at, token in enumerate(proposed)]
+        self.runs.append((run, proposed))
+
+
+@dataclass
+class _Told:
+    """What a run's step gives to tell: its tokens, then what ends it, if it ends."""
+
+    text: str = ""
+    count: int = 0
+    logprobs: list[Logprobs] = field(default_factory=list)
+    ending: list[Message] = field(default_factory=list)
 
 
 class Batcher:
     """The runs of one model. Every method returns the messages to send, in order."""
 
-    def __init__(self, model: StepModel, vocabulary: Vocabulary) -> None:
+    def __init__(
+        self, model: StepModel, vocabulary: Vocabulary, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._model = model
+        self._clock = clock
+        self._times = StepTimes(model.buckets)
         self._vocabulary = vocabulary
         self._grammars = Grammars(vocabulary)
         self._waiting: deque[_Waiting] = deque()
         self._active: dict[str, _Active] = {}
-        self._free_slots = list(range(model.slots))
+        self._slots = Slots(model.slots)
         self.prefilling = False  # what the last step did, for the heartbeat
 
     @property
@@ -166,7 +213,7 @@ class Batcher:
         ids = [*self._active, *(waiting.run.run_id for waiting in self._waiting)]
         self._active.clear()
         self._waiting.clear()
-        self._free_slots = list(range(self._model.slots))
+        self._slots = Slots(self._model.slots)
         return [RunFailed(run_id=run_id, code=code, message=message, retryable=True) for run_id in ids]
 
     def step(self, room: int) -> list[Message]:
@@ -175,84 +222,130 @@ class Batcher:
         plan = self._plan()
         if not plan.rows:
             return messages
+        began = self._clock()
         logits = self._model.step(plan.rows, plan.wanted)
-        for run, row in zip(plan.runs, logits, strict=False):
-            messages += self._take_logits(run, row)
+        self._times.observe(len(plan.rows), self._clock() - began)
+        at = 0
+        for run, proposed in plan.runs:
+            messages += self._take_logits(run, proposed, logits[at : at + 1 + len(proposed)])
+            at += 1 + len(proposed)
         return messages
 
     def _start_waiting(self, room: int) -> list[Message]:
         messages: list[Message] = []
-        while self._waiting and self._free_slots and room > 0:
-            waiting = self._waiting.popleft()
-            parameters: dict[str, Any] = waiting.run.parameters
-            slot = self._free_slots.pop(0)
-            self._active[waiting.run.run_id] = _Active(
-                run_id=waiting.run.run_id,
-                slot=slot,
-                prompt=waiting.prompt,
-                sampler=waiting.sampler,
-                stops=StopStrings(parameters.get("stop") or []),
-                detokenizer=self._vocabulary.detokenizer(),
-                max_tokens=int(parameters.get("max_tokens") or MAX_TOKENS_DEFAULT),
-                started_s=time.monotonic(),
-            )
-            messages.append(Started(run_id=waiting.run.run_id, prompt_tokens=len(waiting.prompt)))
+        while self._waiting and self._slots and room > 0:
+            run = self._begin(self._waiting.popleft())
+            self._active[run.run_id] = run
+            messages.append(Started(run_id=run.run_id, prompt_tokens=run.prompt))
             room -= 1
         return messages
 
+    def _begin(self, waiting: _Waiting) -> _Active:
+        """In the slot that has most of its prompt."""
+        parameters: dict[str, Any] = waiting.run.parameters
+        started_s, size = self._clock(), len(waiting.prompt)
+        max_tokens = int(parameters.get("max_tokens") or MAX_TOKENS_DEFAULT)
+        buffer = np.zeros(min(size + max_tokens, self._model.context), dtype=np.int32)
+        buffer[:size] = waiting.prompt
+        busy = {run.slot: run.tokens[: run.filled] for run in self._active.values()}
+        place = self._slots.take(buffer[:size], busy)
+        if place.is_copy:
+            self._model.copy(place.source, place.slot, place.reused)
+        return _Active(
+            run_id=waiting.run.run_id,
+            slot=place.slot,
+            prompt=size,
+            buffer=buffer,
+            sampler=waiting.sampler,
+            stops=StopStrings(parameters.get("stop") or []),
+            detokenizer=self._vocabulary.detokenizer(),
+            started_s=started_s,
+            filled=place.reused,
+            cached=place.reused,
+        )
+
     def _plan(self) -> _Plan:
         plan = _Plan()
-        for run in self._active.values():
-            if run.decoding:
-                plan.wanted.append(len(plan.rows))
-                plan.runs.append(run)
-                plan.rows.append(Row(run.next_token, run.slot, run.filled))
-                run.filled += 1
+        decoding = [run for run in self._active.values() if run.decoding]
         prompts = [run for run in self._active.values() if not run.decoding]
         self.prefilling = bool(prompts)
-        for run in prompts:
-            budget = self._model.rows_max - len(plan.rows)
-            if budget <= 0:
-                break
-            self._add_prompt_rows(plan, run, budget)
-            self._active[run.run_id] = self._active.pop(run.run_id)  # the others' turn comes first next time
+        for run, proposed in zip(decoding, self._proposed(decoding, idle=not prompts), strict=True):
+            plan.rows += run.rows(run.filled + 1)
+            plan.draw(run, proposed)
+        budget = prompt_rows(self._times, len(decoding)) if prompts else 0
+        parts = share([run.prompt - run.filled for run in prompts], budget)
+        for run, count in zip(prompts, parts, strict=True):
+            plan.rows += run.rows(run.filled + count)
+            run.filled += count
+            if run.decoding:
+                run.filled -= 1  # counted when its logits are taken, as a decoding run's row is
+                plan.draw(run, [])
         return plan
 
-    def _add_prompt_rows(self, plan: _Plan, run: _Active, budget: int) -> None:
-        end = min(run.filled + budget, len(run.prompt))
-        for position in range(run.filled, end):
-            plan.rows.append(Row(run.prompt[position], run.slot, position))
-        run.filled = end
-        if run.decoding:
-            plan.wanted.append(len(plan.rows) - 1)
-            plan.runs.append(run)
+    def _proposed(self, runs: list[_Active], idle: bool) -> list[list[int]]:
+        """The tokens to try for each run; only when no prompt wants the rows."""
+        if not idle:
+            return [[] for _ in runs]
+        found = []
+        for run in runs:
+            found.append(proposal(run.tokens, min(PROPOSED_MAX, run.most - run.generated - 1)))
+        counts = rows_beyond(
+            self._times, [(run.acceptance.rate, len(each)) for run, each in zip(runs, found, strict=True)]
+        )
+        for run, each, count in zip(runs, found, counts, strict=True):
+            if each and not count:
+                run.acceptance.untried()
+        return [each[:count] for each, count in zip(found, counts, strict=True)]
 
-    def _take_logits(self, run: _Active, logits: npt.NDArray[np.float32]) -> list[Message]:
+    def _take_logits(
+        self, run: _Active, proposed: list[int], logits: npt.NDArray[np.float32]
+    ) -> list[Message]:
+        """Draw the next token, and another after each proposed one that was drawn. logits [1 + proposed, V]."""
+        told = _Told()
+        for right, row in enumerate(logits):
+            token = self._next_token(run, row, told)
+            if token is None:
+                break
+            if right == len(proposed) or token != proposed[right]:
+                run.acceptance.verified(right, wrong=right < len(proposed))
+                break
+        if not told.count:
+            return told.ending
+        tokens = Tokens(run_id=run.run_id, text=told.text, count=told.count, logprobs=told.logprobs)
+        return [tokens, *told.ending]
+
+    def _next_token(self, run: _Active, logits: npt.NDArray[np.float32], told: _Told) -> int | None:
+        """Draw a token; None when it ends the run."""
         if not np.isfinite(logits.sum()):
             raise DeviceFault(f"the logits of run {run.run_id} are not finite")
         logits = logits[: len(self._vocabulary.pieces)]  # a matrix may be padded beyond its tokens
+        run.filled += 1
         try:
             token = run.sampler.choose(logits)
         except RunError as error:
             self._leave(run)
-            return [_failed(run.run_id, error)]
+            told.ending = [_failed(run.run_id, error)]
+            return None
         if run.generated == 0:
-            run.first_token_s = time.monotonic() - run.started_s
+            run.first_token_s = self._clock() - run.started_s
         if token in self._vocabulary.ends:
-            return self._end(run, "stop", flush=True)
+            told.ending = self._end(run, "stop", flush=True)
+            return None
+        run.buffer[run.prompt + run.generated] = token
         run.generated += 1
-        run.next_token = token
         text, stopped = run.stops.push(run.detokenizer.push(token))
-        logprobs = self._logprobs(run, logits, token)
-        messages: list[Message] = [Tokens(run_id=run.run_id, text=text, count=1, logprobs=logprobs)]
+        told.text += text
+        told.count += 1
+        told.logprobs += self._logprobs(run, logits, token)
         if stopped:
-            return messages + self._end(run, "stop")
-        if run.sampler.complete:
-            return messages + self._end(run, "stop", flush=True)
-        full = len(run.prompt) + run.generated >= self._model.context
-        if full or run.generated >= run.max_tokens:
-            return messages + self._end(run, "length", flush=True)
-        return messages
+            told.ending = self._end(run, "stop")
+        elif run.sampler.complete:
+            told.ending = self._end(run, "stop", flush=True)
+        elif run.generated >= run.most:
+            told.ending = self._end(run, "length", flush=True)
+        else:
+            return token
+        return None
 
     def _logprobs(self, run: _Active, logits: npt.NDArray[np.float32], token: int) -> list[Logprobs]:
         if run.sampler.top_logprobs is None:
@@ -276,17 +369,17 @@ class Batcher:
         finished = Finished(
             run_id=run.run_id,
             reason=reason,
-            prompt_tokens=len(run.prompt),
+            prompt_tokens=run.prompt,
             tokens_generated=run.generated,
-            processing_s=time.monotonic() - run.started_s,
+            processing_s=self._clock() - run.started_s,
             first_token_s=run.first_token_s,
+            cached_tokens=run.cached,
         )
         return [*messages, finished]
 
     def _leave(self, run: _Active) -> None:
         del self._active[run.run_id]
-        self._free_slots.append(run.slot)
-        self._free_slots.sort()
+        self._slots.leave(run.slot, run.tokens[: run.filled])
 
 
 def _failed(run_id: str, error: RunError) -> RunFailed:

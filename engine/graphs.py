@@ -3,11 +3,13 @@
 Rows that pad a bucket write to a spare position behind every context, which no row ever reads.
 
 Every bucket is built during the load, 0.3 s each when its kernels are cached: none is left to stall a stream later.
+It is timed then, too: `engine.pacing` and `engine.speculation` choose among the sizes by what they take.
 """
 
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,19 +18,33 @@ from tinygrad.uop.ops import UOp
 
 from engine.batching import Row
 from engine.models.decoder import Decoder
+from engine.pacing import Bucket
 from engine.recording import recording
+from engine.slot_copy import SlotCopy
+from engine.speculation import PROPOSED_MAX
 from engine.weights import fill, upload
 
-PROMPT_ROWS_CPU = 32  # 0.1 s a step with the small model on two cores: what decoding runs wait at most
-PROMPT_ROWS_GPU = 128
+PROMPT_ROWS_CPU = (16, 32)  # beyond those of decoding: for prompts beside streams, and for prompts alone
+PROMPT_ROWS_GPU = (32, 128)
 _BUCKETS = (1, 4, 8, 16, 32, 64)
 
 
 def bucket_sizes(slots: int, on_cpu: bool) -> list[int]:
-    """Decoding buckets up to the number of slots, and one for prompts."""
-    decode = [size for size in _BUCKETS if size < slots] + [next((s for s in _BUCKETS if s >= slots), slots)]
+    """Buckets up to the number of slots and of what one run may decode at once, and some for prompts."""
+    most = _decoding_max(slots)
+    decode = [size for size in _BUCKETS if size < most] + [next((s for s in _BUCKETS if s >= most), most)]
     prompt = PROMPT_ROWS_CPU if on_cpu else PROMPT_ROWS_GPU
-    return sorted({*decode, max(prompt, decode[-1])})
+    return sorted({*decode, *(size for size in prompt if size > decode[-1])})
+
+
+def logits_rows(size: int, slots: int) -> int:
+    """L: of how many rows a bucket gives logits. Of one per run, and of proposed tokens where it is for decoding."""
+    most = _decoding_max(slots)
+    return min(size, most if size < 2 * most else slots)
+
+
+def _decoding_max(slots: int) -> int:
+    return max(slots, 1 + PROPOSED_MAX)
 
 
 def cache_length(context: int) -> int:
@@ -53,7 +69,8 @@ class _Bucket:
             logits = model.forward(tokens, slots, positions, self._angles, self._want, self._length.bind(1))
         self._graph = record.captured(logits)
 
-    def step(self, rows: Sequence[Row], wanted: Sequence[int]) -> npt.NDArray[np.float32]:
+    def step(self, rows: Sequence[Row], wanted: Sequence[int], length: int = 1) -> npt.NDArray[np.float32]:
+        """`length`: positions to attend to at least."""
         table = np.zeros((3, self._rows), dtype=np.int32)
         table[2] = self._spare
         for index, row in enumerate(rows):
@@ -65,7 +82,7 @@ class _Bucket:
         for tensor, angles in zip(self._angles, self._model.angles(table[2]), strict=True):
             fill(tensor, angles)
         fill(self._want, want)
-        length = max((row.position for row in rows), default=0) + 1
+        length = max((length, *(row.position + 1 for row in rows)))
         logits: npt.NDArray[np.float32] = self._graph([], {self._length.expr: length}).numpy()
         return logits[: len(wanted)]
 
@@ -80,22 +97,31 @@ class GraphedModel:
         self.slots, self.context = slots, context
         self._model = model
         self.sizes = bucket_sizes(slots, on_cpu)
-        self.rows_max = self.sizes[-1]
-        self._buckets: dict[int, _Bucket] = {}
+        self.buckets: list[Bucket] = []
+        self._graphs: dict[int, _Bucket] = {}
+        self._copy = SlotCopy(model.caches)
 
     def capture(self, size: int) -> None:
-        """Build a bucket's graph and run it, so that its kernels are compiled and its memory taken."""
-        bucket = self._buckets[size] = _Bucket(self._model, size, min(size, self.slots))
-        bucket.step([], [])
+        """Build a bucket's graph and run it, so that its kernels are compiled, its memory taken, its time known."""
+        logits = logits_rows(size, self.slots)
+        graph = self._graphs[size] = _Bucket(self._model, size, logits)
+        graph.step([], [])
+        began = time.monotonic()
+        graph.step([], [], length=1 + self.context // 4)
+        self.buckets.append(Bucket(size, logits, time.monotonic() - began))
 
     def step(self, rows: Sequence[Row], wanted: Sequence[int]) -> npt.NDArray[np.float32]:
         size = next(size for size in self.sizes if size >= len(rows))
-        return self._buckets[size].step(rows, wanted)
+        return self._graphs[size].step(rows, wanted)
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        self._copy.run(source, target, length)
 
     def free(self) -> None:
         """Let go of graphs, weights and caches."""
-        for bucket in self._buckets.values():
-            bucket.free()
-        self._buckets.clear()
-        del self._model
+        for graph in self._graphs.values():
+            graph.free()
+        self._graphs.clear()
+        self._copy.free()
+        del self._model, self._copy
         gc.collect()

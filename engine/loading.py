@@ -21,7 +21,7 @@ from engine.checkpoint import open_checkpoint, vocabulary_of
 from engine.device import DeviceName, memory_available
 from engine.errors import LoadError
 from engine.gguf import Gguf, bad_file
-from engine.graphs import GraphedModel, bucket_sizes, cache_length
+from engine.graphs import GraphedModel, bucket_sizes, cache_length, logits_rows
 from engine.models import check_family, read_config
 from engine.models.decoder import Decoder, DecoderConfig
 from engine.protocol import Load, Loaded, LoadProgress
@@ -107,7 +107,7 @@ def memory_needed(config: DecoderConfig, slots: int, context: int, on_cpu: bool)
     weights = config.weights_bytes()
     steps = sum(
         4 * rows * (2 * config.heads * length + 4 * config.embedding + config.qkv + config.inner)
-        + 4 * min(rows, slots) * config.vocabulary
+        + 4 * logits_rows(rows, slots) * config.vocabulary
         for rows in bucket_sizes(slots, on_cpu)
     )
     return weights + config.cache_bytes(slots, length) + steps

@@ -190,6 +190,7 @@ class Finished(Message, frozen=True, tag="finished"):
     tokens_generated: int
     processing_s: float  # from slot taken to last token, queueing in the engine excluded
     first_token_s: float = 0.0  # from slot taken to first token
+    cached_tokens: int = 0  # of the prompt's, those that the cache had from an earlier run
 
 
 class RunFailed(Message, frozen=True, tag="run_failed"):

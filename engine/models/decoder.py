@@ -208,6 +208,11 @@ class Decoder:
 
     # ------------------------------------------------------------ steps
 
+    @property
+    def caches(self) -> list[Tensor]:
+        """Keys and values of each block, [2, S, G, C, D]: each slot's whole context, also behind a window."""
+        return [block.cache for block in self._blocks]
+
     def angles(self, positions: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Cosines and sines of these positions for each rope, [ropes, 2, R, D / 2]."""
         return np.ascontiguousarray(self._angles[:, :, positions])

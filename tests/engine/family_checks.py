@@ -113,10 +113,11 @@ class Check:
             tokens.append(int(logits.argmax()))
         return tokens[:-1]
 
-    def prefill(self, way: str, slot: int, index: int, chunk: int) -> np.ndarray:
+    def prefill(self, way: str, slot: int, index: int, chunk: int, kept: int = 0) -> np.ndarray:
+        """Of what comes after the first `kept` positions, which are in the cache."""
         prompt = self.expected[f"prompt{index}"]
         logits = np.zeros(0)
-        for start in range(0, len(prompt), chunk):
+        for start in range(kept, len(prompt), chunk):
             rows = [Row(int(prompt[at]), slot, at) for at in range(start, min(start + chunk, len(prompt)))]
             logits = self.model.step(rows, [len(rows) - 1])[0]
         self.compare(way, logits, self.expected[f"logits{index}"][0])
@@ -140,7 +141,29 @@ class Check:
             )
             for slot, index in ((0, 1), (1, 2), (2, 0))
         )
+        # the beginning of a prompt that an earlier run left in the slot, or that is copied from another slot
+        half = len(self.expected["prompt0"]) // 2
+        left = self.prefill("reused", 2, 0, 32, kept=half)
+        greedy["reused"] = self.greedy_equal(self.decode("reused", 2, 0, left), 0)
+        self.model.copy(2, 1, half)
+        copied = self.prefill("copied", 1, 0, 32, kept=half)
+        greedy["copied"] = self.greedy_equal(self.decode("copied", 1, 0, copied), 0)
+        greedy["guessed"] = self.guessed(0, 1)
         return {"worst": self.worst, "greedy": greedy}
+
+    def guessed(self, slot: int, index: int) -> bool:
+        """Decoding with proposed tokens in the same step, one right and two wrong."""
+        prompt, right = self.expected[f"prompt{index}"], self.expected[f"logits{index}"]
+        best, vocabulary = right.argmax(-1), right.shape[1]
+        tokens = [int(self.prefill("guessed", slot, index, 32).argmax())]
+        for step in range(0, len(right) - 2, 2):
+            guesses = [best[step + 1], *((best[step + 2] + off) % vocabulary for off in (1, 2))]
+            given = [tokens[-1], *map(int, guesses)]
+            rows = [Row(token, slot, len(prompt) + step + at) for at, token in enumerate(given)]
+            logits = self.model.step(rows, range(4))
+            self.compare("guessed", logits[:2], right[step + 1 : step + 3])
+            tokens += logits[:2].argmax(-1).tolist()
+        return tokens == best[: len(tokens)].tolist()
 
     def inner(self, chunk: int) -> None:
         """Logits of positions within the first prompt."""

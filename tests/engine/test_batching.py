@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +13,71 @@ import pytest
 
 from engine import gguf, tokenizer
 from engine.batching import Batcher, DeviceFault, Row
+from engine.pacing import Bucket
 from engine.protocol import Finished, Message, Run, RunFailed, Started, Tokens
+from engine.sampling import Sampler
 from engine.tokenizer import Vocabulary
 
 
 class Successor:
-    """Says that the token after n is n + 1; checks that each slot is filled in order, from 0, without gaps."""
+    """Says that the token after n is n + 1; checks that each slot is filled without gaps, and who sees what there."""
 
-    slots, context, rows_max = 3, 200, 16
+    slots, context = 3, 200
+    # a step of 16 rows takes as long as one: prompts are not held back
+    buckets: Sequence[Bucket] = (Bucket(1, 1, 0.01), Bucket(4, 4, 0.01), Bucket(16, 3, 0.01))
 
     def __init__(self, vocabulary: int) -> None:
         self._vocabulary = vocabulary
-        self._filled: dict[int, int] = {}
+        self.cached: dict[int, list[int]] = {slot: [] for slot in range(self.slots)}
         self.steps: list[list[Row]] = []
+        self.copies: list[tuple[int, int, int]] = []
         self.broken = False
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now
 
     def step(self, rows: Sequence[Row], wanted: Sequence[int]) -> np.ndarray:
-        assert 0 < len(rows) <= self.rows_max
+        bucket = next(bucket for bucket in self.buckets if bucket.rows >= len(rows))
+        assert len(rows) > 0
+        assert len(wanted) <= bucket.logits
         self.steps.append(list(rows))
+        self.now += bucket.step_s
         for row in rows:
-            assert row.position in (0, self._filled.get(row.slot, 0))
-            self._filled[row.slot] = row.position + 1
+            assert row.position <= len(self.cached[row.slot]), "a gap"
+            del self.cached[row.slot][row.position :]
+            self.cached[row.slot].append(row.token)
         logits = np.zeros((len(wanted), self._vocabulary), dtype=np.float32)
-        for index, row in enumerate(wanted):
-            logits[index, (rows[row].token + 1) % self._vocabulary] = 1
+        for index, at in enumerate(wanted):
+            seen = self.cached[rows[at].slot][: rows[at].position + 1]
+            logits[index] = self.logits(seen)
         return logits * np.float32("nan") if self.broken else logits
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        assert source != target
+        assert 0 < length <= len(self.cached[source])
+        self.copies.append((source, target, length))
+        self.cached[target][:length] = self.cached[source][:length]
+
+    def logits(self, seen: list[int]) -> np.ndarray:
+        logits = np.zeros(self._vocabulary, dtype=np.float32)
+        logits[self.next_token(seen) % self._vocabulary] = 12  # sampled, it is drawn three times of four
+        return logits
+
+    def next_token(self, seen: list[int]) -> int:
+        return seen[-1] + 1
+
+
+class Remembering(Successor):
+    """Every token depends on all before it, and now and then repeats itself: a wrong cache or draw shows."""
+
+    slots, context = 3, 120
+    buckets = (Bucket(1, 1, 0.01), Bucket(4, 4, 0.011), Bucket(8, 8, 0.012), Bucket(16, 3, 0.03))
+
+    def next_token(self, seen: list[int]) -> int:
+        if len(seen) % 32 < 24:
+            return 2000 + (seen[-1] + 1) % 5
+        return 2000 + zlib.crc32(repr(seen).encode()) % 5
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +92,7 @@ def model(vocabulary: Vocabulary) -> Successor:
 
 @pytest.fixture
 def batcher(model: Successor, vocabulary: Vocabulary) -> Batcher:
-    return Batcher(model, vocabulary)
+    return Batcher(model, vocabulary, model.clock)
 
 
 def run(run_id: str, **parameters: Any) -> Run:
@@ -91,7 +133,7 @@ def test_decoding_goes_on_while_a_long_prompt_is_read(batcher: Batcher, model: S
     assert sum(isinstance(m, Tokens) and m.run_id == "short" for m in messages) == steps
 
 
-def test_two_prompts_take_turns(batcher: Batcher, model: Successor) -> None:
+def test_a_short_prompt_overtakes_a_long_one(batcher: Batcher, model: Successor) -> None:
     batcher.add(run("a", prompt="word " * 120))
     batcher.add(run("b", prompt="word " * 20))
     messages: list[Message] = []
@@ -100,7 +142,7 @@ def test_two_prompts_take_turns(batcher: Batcher, model: Successor) -> None:
     assert next(m.run_id for m in messages if isinstance(m, Tokens)) == "b"
 
 
-def test_cancel_frees_the_slot_at_once(batcher: Batcher) -> None:
+def test_cancel_frees_the_slot_at_once(batcher: Batcher, model: Successor) -> None:
     for number in range(4):
         batcher.add(run(f"r{number}", max_tokens=50))
     batcher.step(99)
@@ -111,6 +153,117 @@ def test_cancel_frees_the_slot_at_once(batcher: Batcher) -> None:
         assert finished.reason == "cancelled"
     assert batcher.active == 2
     assert batcher.cancel("r0") == []
+
+
+class Measured(Successor):
+    """Steps as long as SmolLM2's on two cores."""
+
+    context = 1200
+    buckets = tuple(
+        Bucket(rows, min(rows, 8), ms / 1e3) for rows, ms in ((1, 41), (4, 58), (8, 76), (16, 110), (32, 186))
+    )
+
+
+@pytest.mark.parametrize("streams", [1, 2])
+def test_streams_hardly_notice_a_long_prompt(streams: int, vocabulary: Vocabulary) -> None:
+    """The longest gap of a stream is at most 3 times the median one; a prompt alone has the largest steps."""
+    model = Measured(len(vocabulary.pieces))
+    batcher = Batcher(model, vocabulary, model.clock)
+    came: dict[str, list[float]] = {f"s{number}": [] for number in range(streams)}
+    for run_id in came:
+        batcher.add(run(run_id, max_tokens=400))
+    for step in range(350):
+        if step == 100:
+            batcher.add(run("long", prompt="word " * 1000))
+        for message in batcher.step(99):
+            if isinstance(message, Tokens) and message.run_id in came:
+                came[message.run_id].append(model.now)
+    for times in came.values():
+        gaps = np.diff(times)
+        assert gaps.max() <= 3 * np.median(gaps[:90])
+        assert gaps.max() <= 3 * np.median(gaps)
+    rows = [len(step) for step in model.steps]
+    assert max(rows[100:]) >= 8
+    batcher.fail_all("unloaded", "x")
+    batcher.add(run("again", prompt="word " * 100))
+    batcher.step(99)
+    assert len(model.steps[-1]) == 32
+
+
+@pytest.mark.parametrize("steps", [1, 3, 12], ids=["reading", "still reading", "decoding"])
+def test_a_cancelled_run_has_no_row_in_the_next_step(steps: int, batcher: Batcher, model: Successor) -> None:
+    """And the run that waited for its slot begins in that step."""
+    for number in range(3):
+        batcher.add(run(f"r{number}", prompt="word " * 40, max_tokens=100))
+    batcher.add(run("next"))
+    for _ in range(steps):
+        batcher.step(99)
+    used = {row.slot for step in model.steps for row in step}
+    batcher.cancel("r1")
+    messages = batcher.step(99)
+    assert [m.run_id for m in messages if isinstance(m, Started)] == ["next"]
+    assert not [m for m in messages if isinstance(m, Tokens) and m.run_id == "r1"]
+    assert len({row.slot for row in model.steps[-1]} & used) <= 3
+    assert batcher.active == 3
+
+
+def alone(model: Remembering, prompt: list[int], parameters: dict[str, Any]) -> list[int]:
+    """The tokens of a run by itself, one after the other."""
+    sampler = Sampler(parameters, prompt)
+    tokens = list(prompt)
+    while len(tokens) < min(len(prompt) + parameters["max_tokens"], model.context):
+        tokens.append(sampler.choose(model.logits(tokens)))
+    return tokens[len(prompt) :]
+
+
+def test_every_run_is_as_if_it_were_alone(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conversations that go on, share a beginning, repeat themselves, are cancelled: none sees another's cache."""
+    monkeypatch.setattr("engine.batching.prompt_tokens", lambda _, parameters: parameters["ids"])
+    model = Remembering(len(vocabulary.pieces))
+    batcher = Batcher(model, replace(vocabulary, ends=frozenset()), model.clock)
+    random = np.random.default_rng(4)
+    talks = [[*range(1000, 1020), 1100 + talk] for talk in range(5)]
+    going: dict[str, tuple[int, dict[str, Any], list[int]]] = {}
+    ended, cancelled, cached, at_once = 0, 0, 0, 0
+    for turn in range(400):
+        idle = sorted({*range(len(talks))} - {talk for talk, _, _ in going.values()})
+        if idle and turn % 2 == 0 and turn % 40 < 24:
+            talk = int(random.choice(idle))
+            parameters = {
+                "ids": list(talks[talk]),
+                "max_tokens": int(random.integers(1, 40)),
+                "temperature": float(random.choice([0.0, 1.0])),
+                "repetition_penalty": float(random.choice([1.0, 1.1])),
+                "seed": turn,
+            }
+            assert batcher.add(run(f"r{turn}", logprobs=True, **parameters)) == []
+            going[f"r{turn}"] = (talk, parameters, [])
+        messages = batcher.step(99)
+        if turn % 23 == 5 and going:
+            messages += batcher.cancel(min(going))
+        for message in messages:
+            if isinstance(message, Tokens):
+                going[message.run_id][2].extend(each.token.token for each in message.logprobs)
+                at_once = max(at_once, message.count)
+            elif isinstance(message, Finished):
+                talk, parameters, tokens = going.pop(message.run_id)
+                right = alone(model, parameters["ids"], parameters)
+                assert tokens == right[: len(tokens)]
+                assert message.tokens_generated == len(tokens)
+                if message.reason == "cancelled":
+                    cancelled += 1
+                else:
+                    assert tokens == right
+                    ended += 1
+                cached += message.cached_tokens
+                assert message.cached_tokens < message.prompt_tokens
+                talks[talk] = [*parameters["ids"], *tokens, 1200 + turn]
+                if len(talks[talk]) > 90:
+                    talks[talk] = [*range(1000, 1020), 1100 + talk]
+    assert min(ended, cancelled) >= 10
+    assert at_once > 3
+    assert cached > 20 * (ended + cancelled)  # more than what all of them begin with
+    assert model.copies
 
 
 def test_room_on_the_device_is_kept(batcher: Batcher) -> None:

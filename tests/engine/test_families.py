@@ -53,9 +53,8 @@ def test_same_logits_and_tokens_as_the_reference(fixture: str, measured: dict[st
         wrong = {way: error for way, error in result["worst"].items() if not error < allowed}
         assert not wrong, (name, wrong)
         assert all(result["greedy"].values()), (name, result["greedy"])
-        assert {"prefill", "decode", "inner", "chunks of 7", "one by one", "batched", "churn"} <= result[
-            "worst"
-        ].keys()
+        ways = {"prefill", "decode", "inner", "chunks of 7", "one by one", "batched", "churn"}
+        assert ways | {"reused", "copied", "guessed"} <= result["worst"].keys()
 
 
 @pytest.mark.process

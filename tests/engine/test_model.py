@@ -133,6 +133,38 @@ def test_chunked_prefill_equals_unchunked(
     assert finish(real, start(real, LONG, max_tokens=3)) == expected
 
 
+def test_the_next_turn_computes_only_what_is_new(
+    real: EngineProcess, reference: Reference, model_path: Path
+) -> None:
+    """Also after others took slots, and with a prompt that only begins alike: the reference's tokens in all."""
+    vocabulary = tokenizer.from_gguf(gguf.read(model_path))
+    messages = [{"role": "user", "content": "Name three colours of a rainbow and say what each is like."}]
+    talk = f"t/{next(numbers)}"
+    real.run(talk, messages=messages, temperature=0, max_tokens=24)
+    answer = finish(real, talk)
+    finish(real, start(real, PROMPTS[1]))
+    messages.append({"role": "assistant", "content": answer})
+    for question in ("Which one do you like best?", "Which of them has the longest name?"):
+        turn, asked = f"t/{next(numbers)}", [*messages, {"role": "user", "content": question}]
+        real.run(turn, messages=asked, temperature=0, max_tokens=6)
+        text, done = finish(real, turn), real.wait_end(turn)
+        tokens = prompt_tokens(vocabulary, {"messages": asked})
+        assert (done.prompt_tokens, done.cached_tokens > 50) == (len(tokens), True)
+        detokenizer = vocabulary.detokenizer()
+        assert text == "".join(map(detokenizer.push, reference.greedy(tokens, 6)))
+
+
+def test_a_text_that_repeats_itself_equals_the_reference(
+    real: EngineProcess, reference: Reference, model_path: Path
+) -> None:
+    """What is guessed from the prompt changes nothing."""
+    vocabulary = tokenizer.from_gguf(gguf.read(model_path))
+    prompt = "Repeat this list: red, green, blue, red, green, blue, red, green, blue, red, green, blue"
+    tokens = reference.greedy(prompt_tokens(vocabulary, {"prompt": prompt}), 20)
+    detokenizer = vocabulary.detokenizer()
+    assert finish(real, start(real, prompt, max_tokens=20)) == "".join(map(detokenizer.push, tokens))
+
+
 def test_cancel_frees_within_a_second(real: EngineProcess) -> None:
     run_id = start(real, "Tell me a very long story.", max_tokens=400, repetition_penalty=1.2)
     real.wait_for(lambda m: isinstance(m, Tokens) and m.run_id == run_id)
