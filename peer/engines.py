@@ -16,10 +16,14 @@ from peer.state.worker import EngineState, Telemetry
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
-    """One device that gets a worker. `problem` says why it cannot be used and what to do; "" if it can."""
+    """What gets a worker: one device, or several that share each model.
 
-    label: str  # unique on this host and the same after a restart: "gpu0", "cpu0", "fake1"
-    device: str  # for the engine: "KFD:0+AMD:LLVM", "CPU:LLVM", "fake"
+    `problem` says why it cannot be used and what to do; "" if it can. Of several the names are joined, the memory is
+    all of theirs, and `pci` and `sysfs` are only those of `members`.
+    """
+
+    label: str  # unique on this host and the same after a restart: "gpu0", "gpu0-1", "cpu0", "fake1"
+    device: str  # for the engine: "KFD:0+AMD:LLVM", "KFD:0,1+AMD:LLVM", "CPU:LLVM", "fake"
     name: str = ""  # as people call it, as far as known before the engine runs
     architecture: str = ""
     driver_version: str = ""
@@ -28,6 +32,7 @@ class Device(msgspec.Struct, frozen=True, kw_only=True):
     pci: str = ""  # "0000:03:00.0"
     sysfs: str = ""  # the card's device directory, of amdgpu
     memory_total_bytes: int = 0
+    members: tuple[Device, ...] = ()  # () where it is one device
 
 
 class EngineEvents(Protocol):

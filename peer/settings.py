@@ -51,8 +51,10 @@ FLAGS = {
     "models.preload": "--model",
     "log.level": "--log-level",
 }
-DEVICE_KINDS = ("auto", "AMD", "CPU", "CL", "fake")
-_DEVICE = re.compile(r"(auto|fake(:[0-9]{1,3})?|[A-Z]{2,8}(:[0-9]{1,3}(,[0-9]{1,3})*)?)")
+DEVICE_KINDS = ("auto", "AMD", "CPU", "CL", "CUDA", "NV", "fake")
+_DEVICE = re.compile(
+    r"auto|fake(:[0-9]{1,3})?|([A-Z]{2,8}\+)?[A-Z]{2,8}(:[0-9]{1,3}([,+][0-9]{1,3})*)?(:[A-Z][A-Z0-9]{1,7})?"
+)
 _TRUE = frozenset({"true", "yes", "on", "1"})
 _FALSE = frozenset({"false", "no", "off", "0"})
 
@@ -321,7 +323,7 @@ def _from_text(field: Field, text: str) -> Any:
 def _split_list(text: str) -> list[str]:
     items: list[str] = []
     for item in re.split(r"[,\s]+", text.strip()):
-        if item.isdigit() and items and ":" in items[-1]:
+        if re.fullmatch(r"[0-9]+(\+[0-9]+)*", item) and items and ":" in items[-1]:
             items[-1] += f",{item}"
         elif item:
             items.append(item)
@@ -488,6 +490,6 @@ def _wrong_devices(devices: tuple[str, ...]) -> Iterator[str]:
             hint = nearest(name, DEVICE_KINDS)
             if right and right != name:
                 hint = f"; did you mean `{right}{colon}{rest}`?"
-            yield f"`{device}` is not a device like auto, AMD, AMD:0,2, CPU, fake or fake:2{hint}"
+            yield f"`{device}` is not a device like auto, AMD, AMD:0,2, AMD:0+1, CPU, fake or fake:2{hint}"
     if len(set(devices)) != len(devices):
         yield "a device is named twice"

@@ -1,12 +1,15 @@
 """Which devices get a worker: the configuration's words turned into device strings for engines.
 
-AMD GPUs are found by the amdgpu kernel driver's KFD topology, in the order in which tinygrad numbers them.
-Nothing here opens a device. A GPU that is asked for and not there is an error: never silently the CPU.
+AMD GPUs are found by the amdgpu kernel driver's KFD topology, in the order in which tinygrad numbers them. A comma
+makes two workers, a plus one worker of two devices: "AMD:0,1" is GPU 0 and GPU 1, each with models of its own, in
+"AMD:0+1" they share each model. Nothing here opens a device. A GPU that is asked for and not there is an error:
+never silently the CPU.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -22,6 +25,10 @@ DEVICES_MAX: Final = 64
 FAKES_MAX: Final = 64
 SUPPORTED: Final = "gfx942, gfx950, gfx11xx and gfx12xx"
 _CPU_HINT = "to run on the CPU, say so: `--device CPU`"
+_NUMBERS = r"[0-9]{1,3}(?:[,+][0-9]{1,3})*"
+_NUMBERED = re.compile(
+    rf"(?:(?P<interface>[A-Z]{{2,8}})\+)?(?P<kind>[A-Z]{{2,8}}):(?P<numbers>{_NUMBERS})(?P<compiler>:[A-Z][A-Z0-9]*)?"
+)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_:+,.\-]{0,127}\Z")
 
 
@@ -110,9 +117,10 @@ def find_devices(words: Sequence[str], sysfs: Path = SYSFS) -> tuple[Device, ...
         raise ConfigError(f"engine.devices names no device; {_CPU_HINT}")
     seen: set[str] = set()
     for device in devices:
-        if device.label in seen:
-            raise ConfigError(f"engine.devices names {device.device} twice, as {device.label}")
-        seen.add(device.label)
+        for one in device.members or (device,):
+            if one.label in seen:
+                raise ConfigError(f"engine.devices names {one.device} twice, as {one.label}")
+            seen.add(one.label)
     return tuple(devices)
 
 
@@ -126,30 +134,89 @@ def _devices(word: str, sysfs: Path) -> list[Device]:
                 f"`bitinglip doctor`); {_CPU_HINT}"
             )
         return [_amd(gpu) for gpu in gpus]
-    if kind.upper() == "AMD" and re.fullmatch(r"[0-9]+(,[0-9]+)*", which):
-        return _chosen(word, [int(part) for part in which.split(",")], sysfs)
-    if pinned := re.fullmatch(r"KFD:([0-9]+(?:,[0-9]+)*)\+AMD(?::LLVM)?", word):
-        return _chosen(word, [int(part) for part in pinned[1].split(",")], sysfs)
+    if kind.upper() == "AMD" and re.fullmatch(_NUMBERS, which):
+        return _chosen(word, _groups(which), sysfs)
+    if pinned := re.fullmatch(rf"KFD:({_NUMBERS})\+AMD(?::LLVM)?", word):
+        return _chosen(word, _groups(pinned[1]), sysfs)
     if kind.lower() == "fake":
         return _fakes(word, which)
     if not _NAME.match(word):
         raise ConfigError(
-            f"engine.devices: {word!r} is no device; known are auto, AMD, AMD:0,2, CPU and fake"
+            f"engine.devices: {word!r} is no device; known are auto, AMD, AMD:0,2, AMD:0+1, CPU and fake"
         )
     if word.upper() == "CPU":
         return [Device(label="cpu0", device="CPU:LLVM")]
+    if numbered := _NUMBERED.fullmatch(word.upper()):
+        return [_numbered(numbered, group) for group in _groups(numbered["numbers"])]
     return [Device(label=_label(kind, which), device=word)]
 
 
-def _chosen(word: str, indices: list[int], sysfs: Path) -> list[Device]:
+def _groups(numbers: str) -> list[list[int]]:
+    """ "0,2+3" is [[0], [2, 3]]: one worker for each."""
+    return [[int(number) for number in group.split("+")] for group in numbers.split(",")]
+
+
+def _numbered(word: re.Match[str], group: list[int]) -> Device:
+    """One worker's devices of a backend whose devices the host does not list."""
+    kind, compiler = word["kind"], word["compiler"] or ""
+
+    def engines_word(numbers: list[int]) -> str:
+        listed = ",".join(map(str, numbers))
+        return (
+            f"{word['interface']}:{listed}+{kind}{compiler}"
+            if word["interface"]
+            else f"{kind}:{listed}{compiler}"
+        )
+
+    singles = [Device(label=_label(kind, str(number)), device=engines_word([number])) for number in group]
+    return _joined(singles, engines_word(group))
+
+
+def _joined(members: list[Device], device: str) -> Device:
+    """One worker of several devices; of one it is that device."""
+    if len(members) == 1:
+        return members[0]
+    problem = next((member.problem for member in members if member.problem), "")
+    architectures = dict.fromkeys(member.architecture for member in members)
+    if len(architectures) > 1 and not problem:
+        problem = (
+            f"{device} joins GPUs of different architectures ({', '.join(architectures)}), which would round "
+            "differently: join those of one kind, and give the others workers of their own"
+        )
+    first, *others = members
+    numbers = (re.sub(r"^[a-z]+", "", member.label) for member in others)
+    return Device(
+        label="-".join((first.label, *numbers)),
+        device=device,
+        name=joined_name([member.name for member in members]),
+        architecture=first.architecture,
+        driver_version=first.driver_version,
+        problem=problem,
+        memory_total_bytes=sum(member.memory_total_bytes for member in members),
+        members=tuple(members),
+    )
+
+
+def joined_name(names: Sequence[str]) -> str:
+    """ "2 x AMD Instinct MI300X"; "" where one is not known."""
+    counted = Counter(names)
+    return (
+        "" if "" in counted else " + ".join(f"{n} x {name}" if n > 1 else name for name, n in counted.items())
+    )
+
+
+def _chosen(word: str, groups: list[list[int]], sysfs: Path) -> list[Device]:
     gpus = find_gpus(sysfs)
     if not gpus:
         raise ConfigError(f"{word}: there is no AMD GPU on this host; {_CPU_HINT}")
-    for index in indices:
+    for index in (index for group in groups for index in group):
         if index >= len(gpus):
             there = ", ".join(f"{gpu.index} ({gpu.name})" for gpu in gpus)
             raise ConfigError(f"{word}: there is no GPU {index} on this host, only {there}")
-    return [_amd(gpus[index]) for index in indices]
+    return [
+        _joined([_amd(gpus[index]) for index in group], f"KFD:{','.join(map(str, group))}+AMD:LLVM")
+        for group in groups
+    ]
 
 
 def _amd(gpu: Gpu) -> Device:

@@ -60,7 +60,10 @@ OUTPUT_S_MAX: Final = 0.3  # for the last lines of a process that is gone
 _PASSED_ON = frozenset(
     {"PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "XDG_RUNTIME_DIR", "VIRTUAL_ENV"}
 )
-_PASSED_ON_PREFIXES = ("LC_", "ROCM_", "HSA_", "HIP_", "BITINGLIP_ENGINE_", "TINYGRAD_", "COVERAGE_")
+_PASSED_ON_PREFIXES = (
+    *("LC_", "ROCM_", "HSA_", "HIP_", "BITINGLIP_ENGINE_", "TINYGRAD_", "COVERAGE_"),
+    *("CUDA_", "NVRTC_", "NVJITLINK_", "OPENCL_", "OCL_ICD_"),  # where other backends' libraries are
+)
 _REPOSITORY = Path(__file__).resolve().parents[2]
 
 log = structlog.get_logger("engine")

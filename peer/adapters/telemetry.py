@@ -14,6 +14,7 @@ import msgspec
 import structlog
 import trio
 
+from peer.adapters.devices import joined_name
 from peer.adapters.telemetry_amdsmi import AmdSmi, open_amdsmi
 from peer.adapters.telemetry_host import CpuReader
 from peer.adapters.telemetry_sysfs import SysfsReader
@@ -73,6 +74,35 @@ class ThreadedSource:
         return self._last
 
 
+class JoinedSource:
+    """Implements peer.engines.TelemetrySource for one worker's several devices.
+
+    Memory is the sum, the temperature that of the hottest, the load their mean; None where one cannot tell.
+    """
+
+    def __init__(self, sources: Sequence[TelemetrySource]) -> None:
+        self._sources = tuple(sources)
+
+    async def read(self) -> Telemetry:
+        found: list[Telemetry] = []
+
+        async def one(source: TelemetrySource) -> None:
+            found.append(await source.read())
+
+        async with trio.open_nursery() as nursery:
+            for source in self._sources:
+                nursery.start_soon(one, source)
+        loads = [each.utilization_percent for each in found if each.utilization_percent is not None]
+        heats = [each.temperature_c for each in found if each.temperature_c is not None]
+        return Telemetry(
+            memory_total_bytes=sum(each.memory_total_bytes for each in found),
+            memory_used_bytes=sum(each.memory_used_bytes for each in found),
+            temperature_c=max(heats) if len(heats) == len(found) else None,
+            utilization_percent=sum(loads) / len(loads) if len(loads) == len(found) else None,
+            source=found[0].source,
+        )
+
+
 class Telemetries:
     """The sources of this host's devices, and the devices with what the library knows of them added."""
 
@@ -85,6 +115,8 @@ class Telemetries:
         """None: only its engine can measure it."""
         if device.stand_in:
             return None
+        if any(member.pci for member in device.members):
+            return JoinedSource([self._gpu(member) for member in device.members])
         if device.pci:
             return self._gpu(device)
         if device.device.partition(":")[0].upper() == "CPU":
@@ -112,7 +144,7 @@ class Telemetries:
 
 async def open_telemetry(devices: Sequence[Device]) -> Telemetries:
     """Load amdsmi if there is an AMD GPU to measure; takes OPEN_S_MAX at most."""
-    if not any(device.pci for device in devices):
+    if not any(one.pci for device in devices for one in device.members or (device,)):
         return Telemetries(devices)
     with trio.move_on_after(OPEN_S_MAX):
         return await trio.to_thread.run_sync(_open, tuple(devices), abandon_on_cancel=True)
@@ -129,6 +161,11 @@ def _open(devices: tuple[Device, ...]) -> Telemetries:
 
 def _described(device: Device, amdsmi: AmdSmi) -> Device:
     """With the name and driver version that AMD's library knows."""
+    if device.members:
+        members = tuple(_described(member, amdsmi) for member in device.members)
+        name = joined_name([member.name for member in members])
+        driver_version = members[0].driver_version
+        return msgspec.structs.replace(device, name=name, driver_version=driver_version, members=members)
     pci = device.pci.lower()
     if pci not in amdsmi.addresses:
         return device

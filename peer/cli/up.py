@@ -30,7 +30,8 @@ LEVELS = ("debug", "info", "warning", "error")
     "devices",
     multiple=True,
     metavar="DEVICE",
-    help="auto (every AMD GPU), AMD, AMD:0,2, CPU, fake (a stand-in without any model). May be repeated.",
+    help="auto (every AMD GPU), AMD, AMD:0,2, AMD:0+1 (one worker of two), CPU, fake (a stand-in without any model). "
+    "May be repeated.",
 )
 @click.option(
     "--model", "models", multiple=True, metavar="NAME", help="Load this model now. May be repeated."

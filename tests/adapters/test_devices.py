@@ -83,6 +83,45 @@ def test_chosen_gpus(sysfs: Path) -> None:
         find_devices(["AMD:1", "AMD:1"], sysfs)
 
 
+def test_several_gpus_as_one_worker(sysfs: Path) -> None:
+    card = sysfs / "devices/virtual/kfd/kfd/topology/nodes"
+    for properties in card.glob("*/properties"):
+        properties.write_text(properties.read_text().replace("90402", "110000"))
+    alone, both = find_devices(["AMD:1,0+2"], sysfs)
+    assert (alone.label, alone.members) == ("gpu1", ())
+    assert (both.label, both.device, both.problem) == ("gpu0-2", "KFD:0,2+AMD:LLVM", "")
+    assert both.name == "AMD Radeon RX 7900 XTX + AMD Instinct MI300X"
+    assert both.memory_total_bytes == sum(one.memory_total_bytes for one in both.members)
+    assert [one.label for one in both.members] == ["gpu0", "gpu2"]
+    with pytest.raises(ConfigError, match="twice, as gpu2"):
+        find_devices(["AMD:0+2", "AMD:2"], sysfs)
+    with pytest.raises(ConfigError, match="no GPU 7"):
+        find_devices(["AMD:0+7"], sysfs)
+
+
+def test_gpus_that_cannot_be_one_worker_say_why(sysfs: Path) -> None:
+    assert "different architectures (gfx1100, gfx942)" in find_devices(["AMD:0+2"], sysfs)[0].problem
+    assert "AMD navi21" in find_devices(["AMD:0+1"], sysfs)[0].problem
+
+
+async def test_several_gpus_are_measured_as_one(sysfs: Path) -> None:
+    device = find_devices(["AMD:0+2"], sysfs)[0]
+    other = Path(device.members[1].sysfs)
+    (other / "gpu_busy_percent").write_text("99\n")
+    (other / "hwmon/hwmon3/temp1_input").write_text("70000\n")
+    source = Telemetries([device]).source(device)
+    assert source is not None
+    assert await source.read() == Telemetry(
+        memory_total_bytes=2 * 25_753_026_560,
+        memory_used_bytes=2 * 1_073_741_824,
+        temperature_c=70.0,
+        utilization_percent=68.0,
+        source="sysfs",
+    )
+    (other / "gpu_busy_percent").write_text("")
+    assert (await source.read()).utilization_percent is None
+
+
 @pytest.mark.parametrize("word", ["auto", "AMD", "AMD:0"])
 def test_no_gpu_is_an_error_that_names_the_cpu_and_never_takes_it(tmp_path: Path, word: str) -> None:
     with pytest.raises(ConfigError, match=r"no AMD GPU .*--device CPU"):
@@ -99,6 +138,10 @@ def test_no_gpu_is_an_error_that_names_the_cpu_and_never_takes_it(tmp_path: Path
         ("NV", "nv0", "NV"),
         ("CL:1", "cl1", "CL:1"),
         ("PCI+AMD:LLVM", "amd0", "PCI+AMD:LLVM"),
+        ("PCI+AMD:1", "amd1", "PCI:1+AMD"),
+        ("CUDA:1:CUDA", "cuda1", "CUDA:1:CUDA"),
+        ("CPU:0+1", "cpu0-1", "CPU:0,1"),
+        ("NV:0+1+2", "nv0-1-2", "NV:0,1,2"),
     ],
 )
 def test_other_devices_are_passed_on(tmp_path: Path, word: str, label: str, device: str) -> None:

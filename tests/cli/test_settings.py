@@ -100,7 +100,7 @@ def test_the_defaults_are_the_schemas() -> None:
         ("a: !!python/object:os.system x\n", "FILE:1: not YAML: could not determine a constructor"),
         (
             "engine:\n  devices: [amd]\n",
-            "FILE:2: `engine.devices`: `amd` is not a device like auto, AMD, AMD:0,2, CPU, fake or fake:2; "
+            "FILE:2: `engine.devices`: `amd` is not a device like auto, AMD, AMD:0,2, AMD:0+1, CPU, fake or fake:2; "
             "did you mean `AMD`?",
         ),
         ("engine:\n  devices: [auto, CPU]\n", "FILE:2: `engine.devices`: `auto` stands alone"),
@@ -152,6 +152,7 @@ def test_an_empty_variable_is_not_set() -> None:
     [
         ("AMD:0,2", ("AMD:0,2",)),
         ("AMD:0,2 CPU", ("AMD:0,2", "CPU")),
+        ("AMD:0+1,2+3 PCI+AMD:4 CUDA:0:CUDA", ("AMD:0+1,2+3", "PCI+AMD:4", "CUDA:0:CUDA")),
         ("AMD,CPU", ("AMD", "CPU")),
         ("fake:2, CPU", ("fake:2", "CPU")),
     ],
