@@ -28,9 +28,12 @@ from peer.errors import Conflict, Unavailable
 
 SOCKET: Final = "etcd.sock:0"
 METRICS: Final = "metrics.sock:0"
+LOGS: Final = "data/member/wal/*.wal"
+TORN_LOGS: Final = LOGS + ".broken"
 VERSION_S_MAX: Final = 10.0
 ANSWER_POLL_S: Final = 0.02
 QUOTA_BYTES: Final = 4 * 1024 * 1024 * 1024
+SNAPSHOT_ENTRIES: Final = 10_000  # etcd 3.4's own 100,000 keeps logs of gigabytes, and reads them all at a start
 HISTORY_KEPT: Final = "1m"  # at ten thousand records a second, more would fill the quota with the past
 STOP_S_MAX: Final = (
     3.0  # without a quorum it would take longer, to no end: what it acknowledged is on the disk
@@ -127,6 +130,10 @@ class EtcdMember:
         folder.chmod(0o700)
         for name in (SOCKET, METRICS):  # that of a life which was killed keeps etcd 3.4 from starting
             (folder / name).unlink(missing_ok=True)
+        # Before etcd cuts a torn record off its log it copies the whole, which nobody reads or removes: after a few
+        # full disks the copies are what fills the disk.
+        for copy in folder.glob(TORN_LOGS):
+            copy.unlink(missing_ok=True)
 
     def _judge(self, status: int) -> None:
         if self._removed and status == 0:
@@ -206,6 +213,7 @@ def member_command(config: MemberConfig) -> list[str]:
         f"--initial-cluster={','.join(f'{name}={url}' for name, url in config.initial_cluster.items())}",
         f"--initial-cluster-state={'existing' if config.existing else 'new'}",
         f"--initial-cluster-token={config.token}",
+        f"--snapshot-count={SNAPSHOT_ENTRIES}",
         f"--max-txn-ops={OPERATIONS_MAX}",
         f"--max-request-bytes={REQUEST_BYTES_MAX}",
         f"--quota-backend-bytes={config.quota_bytes}",

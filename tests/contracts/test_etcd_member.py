@@ -14,7 +14,7 @@ import pytest
 import trio
 
 from peer.adapters.etcd_client import EtcdClient, require_version
-from peer.adapters.etcd_member import EtcdMember, MemberConfig, initial_cluster
+from peer.adapters.etcd_member import LOGS, TORN_LOGS, EtcdMember, MemberConfig, initial_cluster
 from peer.adapters.etcd_store import EtcdStore
 from peer.errors import Ambiguous, Conflict, NotFound, Unavailable
 from peer.ports import Put
@@ -87,6 +87,32 @@ async def test_a_member_that_is_killed_is_started_again_with_its_data(
     last = member.child.pid
     nursery.cancel_scope.cancel()
     assert last is not None
+
+
+async def test_copies_of_torn_logs_do_not_fill_the_disk(tmp_path: Path) -> None:
+    described = config(tmp_path)
+    lives: list[dict[str, bytes]] = []
+
+    async def live() -> None:
+        member = EtcdMember(described)
+        async with trio.open_nursery() as nursery:
+            await nursery.start(member.run)
+            await member.answering(START_S_MAX)
+            store = EtcdStore(member.address)
+            await eventually(lambda: put(store, f"life{len(lives)}"))
+            lives.append(await values(store))
+            await store.aclose()
+            nursery.cancel_scope.cancel()
+
+    await live()
+    (log,) = described.folder.glob(LOGS)
+    written = log.read_bytes().rstrip(b"\0")
+    log.write_bytes(written[:-4])
+    await live()
+    assert [copy.name for copy in described.folder.glob(TORN_LOGS)] == [log.name + ".broken"]
+    await live()
+    assert list(described.folder.glob(TORN_LOGS)) == []
+    assert lives[2] == {"life0": b"v", "life1": b"v", "life2": b"v"}
 
 
 async def test_the_clients_socket_is_this_users_alone(tmp_path: Path, nursery: trio.Nursery) -> None:

@@ -118,6 +118,8 @@ def _no_quorum_blocked(cluster: Cluster, target: Member) -> None:
 def _fill_disk(cluster: Cluster, target: Member) -> None:
     """Its store needs room, gets none, and ends."""
     other = next(member for member in cluster.members if member is not target)
+    for member in cluster.members:
+        stores.defragment(member)  # else each such fault would have to write more than the one before
     before = faults.having(target.host, "etcd")
     faults.fill_disk(target.host)
     stores.swell(other, SWELL_PIECES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -13,7 +13,7 @@ import trio
 
 from peer.adapters.etcd_member import SOCKET
 from peer.adapters.etcd_store import EtcdStore
-from peer.errors import BitinglipError, Unavailable
+from peer.errors import BitinglipError, Compacted, Unavailable
 from peer.ports import LEADER_KEY, Compare, Delete, Put
 from tests.process.cluster import faults
 from tests.process.cluster.member import Member
@@ -130,6 +130,20 @@ def await_lease_end(member: Member, ttl_s: float, begun: Callable[[], None]) -> 
 
     with _address(member) as address:
         return trio.run(wait, address)
+
+
+def defragment(member: Member) -> None:
+    """Its file holds no more than what is there now, so that it has to grow soon. Raises Unavailable."""
+
+    async def ask(address: str) -> None:
+        async with _opened(address) as store:
+            status = await store.client.status()
+            with suppress(Compacted):
+                await store.client.compact(status.header.revision, physical=True)
+            await store.client.defragment()
+
+    with _address(member) as address:
+        trio.run(ask, address)
 
 
 def swell(member: Member, pieces: int) -> None:
