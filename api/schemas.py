@@ -251,6 +251,7 @@ class TaskResult(Answer):
     processing_time: str
     processing_time_seconds: float
     prompt_tokens: int
+    cached_tokens: int
     finish_reason: str
     first_token_seconds: float
     stand_in: bool

@@ -57,6 +57,7 @@ def _result(view: command.TaskView) -> schemas.TaskResult | None:
         processing_time=format.duration(result.processing_s),
         processing_time_seconds=round(result.processing_s, 6),
         prompt_tokens=result.prompt_tokens,
+        cached_tokens=result.cached_tokens,
         finish_reason=result.finish_reason,
         first_token_seconds=round(result.first_token_s, 6),
         stand_in=result.stand_in,

@@ -323,6 +323,7 @@ class HostedWorker:
                 finish_reason=message.reason,
                 processing_s=message.processing_s,
                 first_token_s=message.first_token_s,
+                cached_tokens=message.cached_tokens,
                 stand_in=self._info.stand_in,
                 logprobs=tuple(attempt.logprobs),
             ),

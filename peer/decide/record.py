@@ -100,6 +100,7 @@ def _finished(snapshot: Snapshot, now: float, message: AttemptFinished) -> Decis
         finish_reason=message.finish_reason,
         processing_s=message.processing_s,
         first_token_s=message.first_token_s,
+        cached_tokens=message.cached_tokens,
         stand_in=message.stand_in,
         logprobs=message.logprobs,
     )

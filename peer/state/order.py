@@ -84,6 +84,7 @@ class AttemptFinished(Record, frozen=True, tag="attempt_finished"):
     finish_reason: str
     processing_s: float
     first_token_s: float
+    cached_tokens: int = 0
     stand_in: bool = False
     logprobs: tuple[Logprobs, ...] = ()  # as a TaskResult's
 

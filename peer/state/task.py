@@ -195,6 +195,7 @@ class TaskResult(Record, frozen=True):
     finish_reason: str  # stop, length
     processing_s: float
     first_token_s: float
+    cached_tokens: int = 0  # of the prompt's, those that the device had in its cache from an earlier task
     stand_in: bool = False
     logprobs: tuple[Logprobs, ...] = ()
 

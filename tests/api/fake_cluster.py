@@ -108,6 +108,7 @@ class FakeCluster:
             generated_text=text,
             tokens_generated=324,
             prompt_tokens=7,
+            cached_tokens=5,
             finish_reason="stop",
             processing_s=2.81,
             first_token_s=0.1,

@@ -127,3 +127,11 @@ def test_results_and_streams_carry_logprobs(client: httpx.Client, server: Runnin
 def test_who_did_not_ask_sees_no_logprobs(client: httpx.Client, server: RunningServer, task_id: str) -> None:
     server.do(server.cluster.finish, task_id)
     assert "logprobs" not in client.get(f"/tasks/{task_id}").json()["result"]
+
+
+def test_results_say_how_much_of_a_prompt_was_reused(
+    client: httpx.Client, server: RunningServer, task_id: str
+) -> None:
+    server.do(server.cluster.finish, task_id)
+    result = client.get(f"/tasks/{task_id}").json()["result"]
+    assert (result["prompt_tokens"], result["cached_tokens"]) == (7, 5)

@@ -23,8 +23,9 @@ from peer.state.order import (
     UnloadReplica,
     WorkerReported,
 )
+from peer.state.record import decode
 from peer.state.snapshot import Foresee
-from peer.state.task import Status
+from peer.state.task import Status, TaskResult
 from peer.state.worker import EngineState
 from tests.decide.build import GIB, T0, World, device, failed, finished, replica, started, worker_report
 
@@ -65,8 +66,9 @@ def test_a_start_is_kept_in_memory_and_bounded_by_this_clock() -> None:
 def test_the_result_is_written_once() -> None:
     world = ready()
     task = world.running()
-    world.later(4).take(report(world.s, world.now, finished(task, world.now)))
+    world.later(4).take(report(world.s, world.now, finished(task, world.now, cached_tokens=3)))
     assert {f"task/{task.task_id}", f"result/{task.task_id}"} <= world.disk.keys()
+    assert decode(TaskResult, world.disk[f"result/{task.task_id}"]).cached_tokens == 3
     assert world.events == ["task_completed"]
     assert world.data("task_completed")["duration_s"] == 4.0
     assert world.orders == [ForgetAttempt(epoch=7, worker_id="w1", task_id=task.task_id, attempt=1)]
