@@ -10,7 +10,8 @@ from __future__ import annotations
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-from engine.kernels import LOG2_E, as_written, held, summed
+from engine.kernels import LOG2_E, Normed, as_written, held, summed
+from engine.matrices import Matrix
 from engine.recording import call
 
 
@@ -56,43 +57,50 @@ def choose(scores: Tensor, used: int) -> tuple[Tensor, Tensor]:
     return best, call(shares, empty(used, dtypes.float32), scores, best)
 
 
-def expand(x: Tensor, gate: Tensor, up: Tensor, chosen: Tensor, scale: Tensor, count: int) -> Tensor:
-    """x [R, I] through its experts' gate and up matrices [X F, I]: silu(gate) * up, [R K, F]. scale [R] is x's norm."""
-    rows, inputs = x.shape
+def expand(x: Normed, gate: Matrix, up: Matrix, chosen: Tensor, count: int) -> Tensor:
+    """x [R, I] through its experts' gate and up matrices [X F, I]: silu(gate) * up, [R K, F]."""
+    values = x.applied()
+    rows = values.shape[0]
     used, size = chosen.shape[1], gate.shape[0] // count
-    opts = as_written(x)
+    opts = as_written(values)
+    first, second, split = gate.only.form, up.only.form, len(gate.only.tensors)
 
-    def kernel(out: UOp, x: UOp, gate: UOp, up: UOp, chosen: UOp, scale: UOp) -> UOp:
+    def kernel(out: UOp, x: UOp, chosen: UOp, *matrices: UOp) -> UOp:
         r, k, f = UOp.range(rows, 0), UOp.range(used, 1), UOp.range(size, 2)
-        i = UOp.range(inputs, 3, axis_type=AxisType.REDUCE)
         line = held(chosen[r, k], count) * size + f
-        a = summed(x[r, i] * gate[line, i].cast(dtypes.float32), i) * scale[r]
-        b = summed(x[r, i] * up[line, i].cast(dtypes.float32), i) * scale[r]
+        a, b = (
+            (x[r, form.column(*ranges)] * form.value(tensors, line, *ranges)).reduce(*ranges, arg=Ops.ADD)
+            for form, tensors, ranges in (
+                (first, matrices[:split], first.ranges(3, AxisType.REDUCE)),
+                (second, matrices[split:], second.ranges(5, AxisType.REDUCE)),
+            )
+        )
         value = a * b * ((a * -LOG2_E).alu(Ops.EXP2) + 1.0).alu(Ops.RECIPROCAL)
         info = KernelInfo(name=f"expand_{rows}_{used}_{size}", opts_to_apply=opts)
         return out[r * used + k, f].store(value).end(r, k, f).sink(arg=info)
 
-    out = Tensor.empty(rows * used, size, dtype=dtypes.float32, device=x.device)
-    return call(kernel, out, x, gate, up, chosen, scale)
+    out = Tensor.empty(rows * used, size, dtype=dtypes.float32, device=values.device)
+    return call(kernel, out, values, chosen, *gate.only.tensors, *up.only.tensors)
 
 
 def contract(
-    inner: Tensor, down: Tensor, chosen: Tensor, shares: Tensor, residual: Tensor, count: int
+    inner: Tensor, down: Matrix, chosen: Tensor, shares: Tensor, residual: Tensor, count: int
 ) -> Tensor:
     """The experts' results, weighed and added: inner [R K, F], down [X E, F], residual [R, E] -> [R, E]."""
     rows, outputs = residual.shape
-    used, size = chosen.shape[1], inner.shape[1]
+    used = chosen.shape[1]
     opts = as_written(inner)
+    form = down.only.form
 
-    def kernel(out: UOp, inner: UOp, down: UOp, chosen: UOp, shares: UOp, residual: UOp) -> UOp:
+    def kernel(out: UOp, inner: UOp, chosen: UOp, shares: UOp, residual: UOp, *tensors: UOp) -> UOp:
         r, o = UOp.range(rows, 0), UOp.range(outputs, 1)
         k = UOp.range(used, 2, axis_type=AxisType.REDUCE)
-        f = UOp.range(size, 3, axis_type=AxisType.REDUCE)
+        ranges = form.ranges(3, AxisType.REDUCE)
         line = held(chosen[r, k], count) * outputs + o
-        value = inner[r * used + k, f] * down[line, f].cast(dtypes.float32) * shares[r, k]
-        total = residual[r, o] + value.reduce(k, f, arg=Ops.ADD)
+        value = inner[r * used + k, form.column(*ranges)] * form.value(tensors, line, *ranges) * shares[r, k]
+        total = residual[r, o] + value.reduce(k, *ranges, arg=Ops.ADD)
         info = KernelInfo(name=f"contract_{rows}_{outputs}_{used}", opts_to_apply=opts)
         return out[r, o].store(total).end(r, o).sink(arg=info)
 
     out = Tensor.empty(rows, outputs, dtype=dtypes.float32, device=inner.device)
-    return call(kernel, out, inner, down, chosen, shares, residual)
+    return call(kernel, out, inner, chosen, shares, residual, *down.only.tensors)

@@ -15,6 +15,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
+from engine.matrices import Matrix, Part
 from engine.recording import call
 
 LOG2_E = 1.4426950408889634
@@ -60,54 +61,111 @@ def _cpu_matmul_opts(rows: int, outputs: int, inputs: int, threads: int) -> tupl
     return tuple(opts)
 
 
+@dataclass(frozen=True)
+class Normed:
+    """Rows whose RMSNorm is still to be applied, by the product that reads them: `x * inverse[r] * weight`."""
+
+    x: Tensor  # [R, I]
+    inverse: Tensor  # [R], see `inverse_norm`
+    weight: Tensor  # [I]
+
+    def applied(self) -> Tensor:
+        """[R, I]."""
+        rows, inputs = self.x.shape
+        opts = as_written(self.x)
+
+        def kernel(out: UOp, x: UOp, inverse: UOp, weight: UOp) -> UOp:
+            r, i = UOp.range(rows, 0), UOp.range(inputs, 1)
+            value = x[r, i] * inverse[r] * weight[i]
+            info = KernelInfo(name=f"normed_{rows}_{inputs}", opts_to_apply=opts)
+            return out[r, i].store(value).end(r, i).sink(arg=info)
+
+        out = Tensor.empty(rows, inputs, dtype=dtypes.float32, device=self.x.device)
+        return call(kernel, out, self.x, self.inverse, self.weight)
+
+
+def normed(x: Tensor, weight: Tensor, epsilon: float) -> Normed:
+    """x [R, I], weight [I]."""
+    return Normed(x, inverse_norm(x, epsilon), weight)
+
+
 def matmul(
-    x: Tensor,
-    weight: Tensor,
+    x: Tensor | Normed,
+    weight: Matrix | Tensor,
     *,
-    scale: Tensor | None = None,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
     threads: int = 1,
 ) -> Tensor:
-    """`scale[r] * (x @ weight.T) + bias + residual`.
+    """`x @ weight.T + bias + residual`.
 
-    x [R, I], weight [O, I], scale [R], bias [O], residual [R, O] -> [R, O].
+    x [R, I], weight [O, I] (a tensor is a dense matrix), bias [O], residual [R, O] -> [R, O].
     """
-    rows, inputs = x.shape
-    outputs = weight.shape[0]
-    extras = [tensor for tensor in (scale, bias, residual) if tensor is not None]
-    opts = _cpu_matmul_opts(rows, outputs, inputs, threads) if _on_cpu(x) else None
+    matrix = weight if isinstance(weight, Matrix) else Matrix.dense(weight)
+    values = x.x if isinstance(x, Normed) else x
+    if isinstance(x, Normed) and _on_cpu(values):  # once for all outputs; a GPU saves the launch
+        x = values = x.applied()
+    rows, outputs = values.shape[0], matrix.shape[0]
+    out, top = Tensor.empty(rows, outputs, dtype=dtypes.float32, device=values.device), 0
+    for part in matrix.parts:
+        out = _product(out, x, part, top, bias, residual, threads)
+        top += part.form.outputs
+    return out
 
-    def kernel(out: UOp, x: UOp, weight: UOp, *more: UOp) -> UOp:
-        r, o = UOp.range(rows, 0), UOp.range(outputs, 1)
-        i = UOp.range(inputs, 2, axis_type=AxisType.REDUCE)
-        value = summed(x[r, i] * weight[o, i].cast(dtypes.float32), i)
-        left = list(more)
-        if scale is not None:
-            value = value * left.pop(0)[r]
+
+def _product(
+    out: Tensor,
+    x: Tensor | Normed,
+    part: Part,
+    top: int,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    threads: int,
+) -> Tensor:
+    """Columns of `out` from `top` on."""
+    normed, form, count = isinstance(x, Normed), part.form, len(part.tensors)
+    values, norm = (x.x, (x.inverse, x.weight)) if isinstance(x, Normed) else (x, ())
+    rows, inputs = values.shape
+    extras = [*norm, *(tensor for tensor in (bias, residual) if tensor is not None)]
+    opts = _cpu_matmul_opts(rows, form.outputs, inputs, threads) if _on_cpu(values) else None
+
+    def kernel(out: UOp, x: UOp, *more: UOp) -> UOp:
+        r, o = UOp.range(rows, 0), UOp.range(form.outputs, 1)
+        ranges = form.ranges(2, AxisType.REDUCE)
+        left = list(more[count:])
+        i = form.column(*ranges)
+        value = x[r, i]
+        if normed:
+            inverse, weight = left.pop(0), left.pop(0)
+            value = value * weight[i]
+        value = (value * form.value(more[:count], o, *ranges)).reduce(*ranges, arg=Ops.ADD)
+        if normed:
+            value = value * inverse[r]
         if bias is not None:
-            value = value + left.pop(0)[o]
+            value = value + left.pop(0)[top + o]
         if residual is not None:
-            value = value + left.pop(0)[r, o]
-        info = KernelInfo(name=f"matmul_{rows}_{outputs}_{inputs}", opts_to_apply=opts)
-        return out[r, o].store(value).end(r, o).sink(arg=info)
+            value = value + left.pop(0)[r, top + o]
+        info = KernelInfo(name=f"matmul_{rows}_{form.outputs}_{inputs}", opts_to_apply=opts)
+        return out[r, top + o].store(value).end(r, o).sink(arg=info)
 
-    out = Tensor.empty(rows, outputs, dtype=dtypes.float32, device=x.device)
-    return call(kernel, out, x, weight, *extras)
+    return call(kernel, out, values, *part.tensors, *extras)
 
 
-def gather_rows(table: Tensor, indices: Tensor, factor: float = 1.0) -> Tensor:
+def gather_rows(table: Matrix | Tensor, indices: Tensor, factor: float = 1.0) -> Tensor:
     """table [N, I], indices [R] -> float32 [R, I]: embedding look-up without a one-hot product."""
-    rows, inputs = indices.shape[0], table.shape[1]
+    part = (table if isinstance(table, Matrix) else Matrix.dense(table)).only
+    form, rows, inputs = part.form, indices.shape[0], part.form.inputs
 
-    def kernel(out: UOp, table: UOp, indices: UOp) -> UOp:
-        r, i = UOp.range(rows, 0), UOp.range(inputs, 1)
-        value = table[held(indices[r], table.shape[0]), i].cast(dtypes.float32)
+    def kernel(out: UOp, *given: UOp) -> UOp:
+        *tensors, indices = given  # last: of a table of one row it is not read, and tinygrad counts what is
+        r, ranges = UOp.range(rows, 0), form.ranges(1)
+        value = form.value(tensors, held(indices[r], form.outputs), *ranges)
         value = value if factor == 1.0 else value * factor
-        return out[r, i].store(value).end(r, i).sink(arg=KernelInfo(name=f"gather_{rows}_{inputs}"))
+        info = KernelInfo(name=f"gather_{rows}_{inputs}")
+        return out[r, form.column(*ranges)].store(value).end(r, *ranges).sink(arg=info)
 
-    out = Tensor.empty(rows, inputs, dtype=dtypes.float32, device=table.device)
-    return call(kernel, out, table, indices)
+    out = Tensor.empty(rows, inputs, dtype=dtypes.float32, device=indices.device)
+    return call(kernel, out, *part.tensors, indices)
 
 
 @dataclass(frozen=True)
@@ -334,7 +392,7 @@ def _weighted_values(weights: Tensor, cache: Tensor, slots: Tensor, length: UOp)
 
 
 def inverse_norm(x: Tensor, epsilon: float) -> Tensor:
-    """x [R, I] -> 1 / root mean square of each row, [R]. The norm's weights are folded into the next matrix."""
+    """x [R, I] -> 1 / root mean square of each row, [R]."""
     rows, inputs = x.shape
     opts = as_written(x)
 
@@ -345,19 +403,6 @@ def inverse_norm(x: Tensor, epsilon: float) -> Tensor:
         return out[r].store(value).end(r).sink(arg=KernelInfo(name=f"norm_{rows}", opts_to_apply=opts))
 
     return call(kernel, Tensor.empty(rows, dtype=dtypes.float32, device=x.device), x)
-
-
-def scale_columns(x: Tensor, by: Tensor) -> Tensor:
-    """x [R, I] times by [I], each column by its own factor."""
-    rows, inputs = x.shape
-
-    def kernel(out: UOp, x: UOp, by: UOp) -> UOp:
-        r, i = UOp.range(rows, 0), UOp.range(inputs, 1)
-        return (
-            out[r, i].store(x[r, i] * by[i]).end(r, i).sink(arg=KernelInfo(name=f"columns_{rows}_{inputs}"))
-        )
-
-    return call(kernel, Tensor.empty(rows, inputs, dtype=dtypes.float32, device=x.device), x, by)
 
 
 def add_normed(x: Tensor, out: Tensor, scale: Tensor, weight: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from engine.graphs import GraphedModel, bucket_sizes, cache_length, logits_rows
 from engine.models import check_family, read_config
 from engine.models.decoder import Decoder, DecoderConfig
 from engine.protocol import Load, Loaded, LoadProgress
-from engine.weights import Weights
+from engine.weights import Weights, weights_bytes
 
 Progress = Callable[[LoadProgress], None]
 
@@ -59,7 +59,7 @@ def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: P
             load.path, f"it has {len(vocabulary.pieces)} tokens and logits for {config.vocabulary}"
         )
     on_cpu = name.kind == "CPU"
-    need = memory_needed(config, slots, context, on_cpu)
+    need = memory_needed(config, weights_bytes(checkpoint), slots, context, on_cpu)
     check_memory(load.model, need, limit, memory_available(name))
     size = checkpoint.file_size
     progress(LoadProgress(model=load.model, stage="read", done=size, total=size))
@@ -101,10 +101,10 @@ def _uploads(model: str, progress: Progress) -> Callable[[int, int], None]:
     return lambda done, total: progress(LoadProgress(model=model, stage="upload", done=done, total=total))
 
 
-def memory_needed(config: DecoderConfig, slots: int, context: int, on_cpu: bool) -> int:
+def memory_needed(config: DecoderConfig, weights: int, slots: int, context: int, on_cpu: bool) -> int:
     """Weights, caches and the steps' intermediates, in bytes of the device."""
     length = cache_length(context)
-    weights = config.weights_bytes()
+    weights += 2 * config.blocks * config.experts * config.embedding  # routers are float32
     steps = sum(
         4 * rows * (2 * config.heads * length + 4 * config.embedding + config.qkv + config.inner)
         + 4 * logits_rows(rows, slots) * config.vocabulary
@@ -120,7 +120,7 @@ def check_memory(model: str, need: int, limit: int, available: int) -> None:
     if need > free:
         raise LoadError(
             "out_of_memory",
-            f"{model} needs {need} bytes (weights in float16, caches, intermediates); the device may use {limit}, "
+            f"{model} needs {need} bytes (weights, caches, intermediates); the device may use {limit}, "
             f"of which {used} are taken and {free} are free: unload a model, or use fewer slots or a shorter context",
         )
     if available and need > available:

@@ -1,16 +1,18 @@
 """A model's tensors from a GGUF file or a safetensors folder onto the device, each used once or the load fails.
 
-Quantised blocks are uploaded as they are and decoded on the device (tinygrad.llm.gguf). Matrices are kept as float16:
-half the memory traffic of float32, which bounds decoding, and exact to 2^-11 of each weight. Measured on two CPU
-cores through LLVM 22: decoding Q4_1 in every step costs more than its saved traffic, float32 is 1.5 times slower.
+Matrices stay quantised as the file has them (`engine.matrices` says which kinds and how they lie); they are repacked
+one tensor at a time from the mapped file. Vectors become float32, and matrices of other kinds float16: those are
+uploaded as they are and decoded on the device (tinygrad.llm.gguf).
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Iterable, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,16 +21,30 @@ from tinygrad.dtype import DType
 from tinygrad.llm.gguf import ggml_data_to_tensor
 
 from engine.errors import LoadError
-from engine.gguf import TensorInfo
+from engine.gguf import TYPES, TensorInfo
+from engine.matrices import LAYOUTS, Matrix, PackedForm, Part, blocks, device_bytes, panels, unpack
 
 MATRIX = dtypes.float16
 VECTOR = dtypes.float32
-_DTYPES = {"float16": dtypes.float16, "float32": dtypes.float32, "int32": dtypes.int32}
+_DTYPES = {
+    "float16": dtypes.float16,
+    "float32": dtypes.float32,
+    "int32": dtypes.int32,
+    "uint32": dtypes.uint32,
+}
 # The other kinds look values up in tables that tinygrad makes once and keeps: captured in one graph, such a table is
 # never filled for the next.
 _GRAPHED_KINDS = {0, 1, 2, 3, 6, 7, 8, 12, 13, 14, 30}
 Progress = Callable[[int, int], None]  # bytes done, of total
-Part = tuple[str, tuple[int, ...]]  # a tensor's name and the shape that it must have
+
+
+class Piece(NamedTuple):
+    """A tensor, or what of it is wanted; rows and columns are half-open and columns begin and end with a block."""
+
+    name: str
+    shape: tuple[int, ...]  # that it must have
+    rows: tuple[int, int] | None = None  # outputs, of all experts one below the other
+    columns: tuple[int, int] | None = None  # inputs
 
 
 class Checkpoint(Protocol):
@@ -61,34 +77,32 @@ def upload(values: npt.NDArray[Any]) -> Tensor:
 class _Decoder:
     """Decodes tensors of the same kinds and shapes, one below the other; scheduled once, then replayed."""
 
-    def __init__(self, parts: list[TensorInfo], dtype: DType) -> None:
+    def __init__(self, parts: list[tuple[int, tuple[int, ...]]], dtype: DType) -> None:
+        """`parts` are kinds and shapes."""
         self._dtype = dtype
-        self._raw = [Tensor.empty(part.size, dtype=dtypes.uint8) for part in parts]
-        heights = [part.shape[0] for part in parts]
-        self._shape = (sum(heights), *parts[0].shape[1:])
+        sizes = [math.prod(shape) // TYPES[kind][1] * TYPES[kind][2] for kind, shape in parts]
+        self._raw = [Tensor.empty(size, dtype=dtypes.uint8) for size in sizes]
+        self._shape = (sum(shape[0] for _, shape in parts), *parts[0][1][1:])
 
-        def decode(out: Tensor, raw: list[Tensor], *columns: Tensor) -> None:
+        def decode(out: Tensor, raw: list[Tensor]) -> None:
             stores, top = [], 0
-            for part, blocks in zip(parts, raw, strict=True):
-                values = ggml_data_to_tensor(blocks, part.elements, part.kind).reshape(*part.shape)
-                values = values.cast(dtypes.float32)
-                for factors in columns:
-                    values = values * factors
-                stores.append(out[top : top + part.shape[0]].assign(values.cast(dtype)))
-                top += part.shape[0]
+            for (kind, shape), stored in zip(parts, raw, strict=True):
+                values = ggml_data_to_tensor(stored, math.prod(shape), kind).reshape(*shape)
+                stores.append(out[top : top + shape[0]].assign(values.cast(dtypes.float32).cast(dtype)))
+                top += shape[0]
             Tensor.realize(*stores)
 
         self._decode: Any = decode
-        if _GRAPHED_KINDS.issuperset(part.kind for part in parts):
+        if _GRAPHED_KINDS.issuperset(kind for kind, _ in parts):
             self._decode = TinyJit(decode)
             self._decode.cnt = 1  # capture in the first call: every input is a buffer already
 
-    def __call__(self, raw: list[npt.NDArray[np.uint8]], columns: Tensor | None) -> Tensor:
+    def __call__(self, raw: list[npt.NDArray[np.uint8]]) -> Tensor:
         for tensor, values in zip(self._raw, raw, strict=True):
             fill(tensor, values)
         out = Tensor.empty(*self._shape, dtype=self._dtype)
         out.uop.base.buffer.ensure_allocated()
-        self._decode(out, self._raw, *([] if columns is None else [columns]))
+        self._decode(out, self._raw)
         return out
 
     def free(self) -> None:
@@ -96,10 +110,19 @@ class _Decoder:
             self._decode.captured.free_intermediates()
 
 
+class _Read(NamedTuple):
+    """What is wanted of a tensor: its kind, shape [O, I] or [I], and bytes, as blocks [O, blocks of a row, bytes]."""
+
+    kind: int
+    shape: tuple[int, ...]
+    blocks: npt.NDArray[np.uint8]
+
+
 class Weights:
     """Hands out tensors by name, counting what was used. A context manager: it maps the files.
 
-    Names are GGUF's; `spelled` gives the file's own where that is another format's.
+    Names are GGUF's; `spelled` gives the file's own where that is another format's. With `matrices` float32 every
+    matrix is decoded to that: for comparisons.
     """
 
     def __init__(
@@ -142,19 +165,28 @@ class Weights:
 
     def vector(self, name: str, *shape: int) -> Tensor:
         """A tensor as float32."""
-        return self._decoded([(name, shape)], VECTOR, None)
+        return self._decoded([self._read(Piece(name, shape))], VECTOR)
 
-    def precise(self, name: str, *shape: int, columns: Tensor) -> Tensor:
-        """A matrix as float32, its columns multiplied by `columns`."""
-        return self._decoded([(name, shape)], VECTOR, columns)
+    def precise(self, name: str, *shape: int) -> Matrix:
+        """A matrix as float32."""
+        return Matrix.dense(self._decoded([self._read(Piece(name, shape))], VECTOR))
 
-    def matrix(self, name: str, *shape: int, by: Tensor | None = None) -> Tensor:
-        """A tensor as `matrices`, its last axis multiplied by `by` before rounding."""
-        return self.stacked([(name, shape)], columns=by)
+    def matrix(
+        self,
+        name: str,
+        *shape: int,
+        rows: tuple[int, int] | None = None,
+        columns: tuple[int, int] | None = None,
+    ) -> Matrix:
+        """A matrix, or these rows and columns of it; of several experts' one tensor, one below the other."""
+        return self.stacked([Piece(name, shape, rows, columns)])
 
-    def stacked(self, parts: Sequence[Part], columns: Tensor | None = None) -> Tensor:
-        """Several matrices of equal width as one, one below the other."""
-        return self._decoded(parts, self.matrices, columns)
+    def stacked(self, parts: Sequence[Piece | tuple[str, tuple[int, ...]]]) -> Matrix:
+        """Several matrices of equal width as one, one below the other; neighbours of one layout become one part."""
+        read = [self._read(Piece(*part)) for part in parts]
+        packable = self.matrices == MATRIX
+        runs = groupby(read, lambda each: LAYOUTS.get(each.kind) if packable else None)
+        return Matrix(tuple(self._loaded(list(run)) for _, run in runs))
 
     def finish(self) -> None:
         """Raises LoadError when the file has tensors that the model did not use."""
@@ -166,19 +198,38 @@ class Weights:
                 "running without them would give wrong answers",
             )
 
-    def _decoded(self, parts: Sequence[Part], dtype: DType, columns: Tensor | None) -> Tensor:
-        infos = [self._take(name, shape) for name, shape in parts]
-        key = (dtype, columns is not None, *((info.kind, info.shape) for info in infos))
+    def _loaded(self, read: list[_Read]) -> Part:
+        """Tensors of one layout as one part."""
+        layout = LAYOUTS.get(read[0].kind) if self.matrices == MATRIX else None
+        if layout is None:
+            return Matrix.dense(self._decoded(read, self.matrices)).only
+        found = [unpack(each.blocks, each.kind) for each in read]
+        tensors = tuple(upload(panels(rows)) for rows in zip(*found, strict=True))
+        outputs = sum(len(each.blocks) for each in read)
+        return Part(PackedForm(outputs, read[0].shape[-1], layout), tensors)
+
+    def _decoded(self, read: list[_Read], dtype: DType) -> Tensor:
+        key = (dtype, *((each.kind, each.shape) for each in read))
         if key not in self._decoders:
-            self._decoders[key] = _Decoder(infos, dtype)
-        raw = [
-            np.frombuffer(self._maps[info.file], dtype=np.uint8, count=info.size, offset=info.offset)
-            for info in infos
-        ]
-        decoded = self._decoders[key](raw, columns)
-        self._done += sum(info.size for info in infos)
+            self._decoders[key] = _Decoder([(each.kind, each.shape) for each in read], dtype)
+        return self._decoders[key]([each.blocks.reshape(-1) for each in read])
+
+    def _read(self, part: Piece) -> _Read:
+        """What is wanted of a tensor, still in the mapped file."""
+        info = self._take(part.name, part.shape)
+        raw = np.frombuffer(self._maps[info.file], dtype=np.uint8, count=info.size, offset=info.offset)
+        self._done += info.size
         self._progress(self._done, self._total)
-        return decoded
+        if len(part.shape) == 1:
+            return _Read(info.kind, part.shape, raw)
+        block = TYPES[info.kind][1]
+        width = part.shape[-1]
+        top, bottom = part.rows or (0, info.elements // width)
+        first, last = part.columns or (0, width)
+        if first % block or last % block:
+            raise AssertionError(f"columns {first} to {last} of {part.name} cut a block of {block}")
+        found = blocks(raw, info.kind, info.elements // width)[top:bottom, first // block : last // block]
+        return _Read(info.kind, (bottom - top, last - first), found)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
         name = self._spelled(name)
@@ -189,3 +240,8 @@ class Weights:
             text = f"{self._path}: tensor {name!r} has shape {info.shape} and should have {shape}"
             raise LoadError("bad_model_file", text)
         return info
+
+
+def weights_bytes(checkpoint: Checkpoint) -> int:
+    """Of the device, for all tensors."""
+    return sum(device_bytes(info.kind, info.shape) for info in checkpoint.tensors.values())

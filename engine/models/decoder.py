@@ -15,8 +15,9 @@ from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
 from engine import experts, kernels
-from engine.kernels import HeadNorm, Rotation
-from engine.weights import MATRIX, Weights, array_dtype, upload
+from engine.kernels import HeadNorm, Normed, Rotation
+from engine.matrices import Matrix
+from engine.weights import MATRIX, Piece, Weights, array_dtype, upload
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,6 @@ class DecoderConfig:
         """The widest intermediate of one row's feed-forward."""
         return 3 * self.feed_forward * max(1, self.experts_used)
 
-    def weights_bytes(self) -> int:
-        """Of the device, matrices in float16."""
-        feed_forward = 3 * self.feed_forward * max(1, self.experts) + 2 * self.experts
-        block = self.embedding * (self.qkv + self.heads * self.width + feed_forward)
-        ends = self.embedding * self.vocabulary * (1 if self.tied else 2)
-        return (self.blocks * block + ends) * int(MATRIX.itemsize)
-
     def cache_bytes(self, slots: int, length: int) -> int:
         """Keys and values of all slots."""
         one = 2 * self.blocks * self.groups * self.width * int(MATRIX.itemsize)
@@ -94,12 +88,14 @@ class DecoderConfig:
 
 @dataclass
 class _Block:
-    qkv: Tensor  # [(H + 2 G) D, E], the attention's norm folded in
+    attention_norm: Tensor  # [E]
+    qkv: Matrix  # [(H + 2 G) D, E]
     bias: Tensor | None  # [(H + 2 G) D]
     query_norm: Tensor | None  # [D]
     key_norm: Tensor | None  # [D]
-    output: Tensor  # [E, H D]
+    output: Matrix  # [E, H D]
     attention_post: Tensor | None  # [E]
+    feed_forward_norm: Tensor  # [E]
     feed_forward: _Dense | _Mixture
     feed_forward_post: Tensor | None  # [E]
     cache: Tensor  # [2, S, G, C, D]
@@ -107,16 +103,16 @@ class _Block:
 
 @dataclass
 class _Dense:
-    gate_up: Tensor  # [2 F, E], the feed-forward's norm folded in
-    down: Tensor  # [E, F]
+    gate_up: Matrix  # [2 F, E]
+    down: Matrix  # [E, F]
 
 
 @dataclass
 class _Mixture:
-    router: Tensor  # [X, E], float32: a rounded score would choose another expert; the norm folded in
-    gate: Tensor  # [X F, E], the norm folded in
-    up: Tensor  # [X F, E], the norm folded in
-    down: Tensor  # [X E, F]
+    router: Matrix  # [X, E], float32: a rounded score would choose another expert
+    gate: Matrix  # [X F, E]
+    up: Matrix  # [X F, E]
+    down: Matrix  # [X E, F]
 
 
 class Decoder:
@@ -152,58 +148,56 @@ class Decoder:
             return self._norm_of(weights, name + part, size) if wanted else None
 
         sizes = {"q": c.heads * c.width, "k": c.groups * c.width, "v": c.groups * c.width}
-        parts = [(f"{name}attn_{part}.weight", (size, c.embedding)) for part, size in sizes.items()]
+        parts = [Piece(f"{name}attn_{part}.weight", (size, c.embedding)) for part, size in sizes.items()]
         if c.qkv_fused:
-            parts = [(name + "attn_qkv.weight", (c.qkv, c.embedding))]
+            parts = [Piece(name + "attn_qkv.weight", (c.qkv, c.embedding))]
         bias = None
         if c.qkv_bias:
             found = [weights.vector(f"{name}attn_{part}.bias", size).numpy() for part, size in sizes.items()]
             bias = upload(np.concatenate(found))
-        attention_norm = self._norm_of(weights, name + "attn_norm", c.embedding)
-        feed_forward_norm = self._norm_of(weights, name + "ffn_norm", c.embedding)
         cache = (2, self.slots, c.groups, self.length, c.width)
         return _Block(
-            qkv=weights.stacked(parts, columns=attention_norm),
+            attention_norm=self._norm_of(weights, name + "attn_norm", c.embedding),
+            qkv=weights.stacked(parts),
             bias=bias,
             query_norm=norm(c.head_norms, "attn_q_norm", c.width),
             key_norm=norm(c.head_norms, "attn_k_norm", c.width),
             output=weights.matrix(name + "attn_output.weight", c.embedding, c.heads * c.width),
             attention_post=norm(c.post_norms, "post_attention_norm", c.embedding),
-            feed_forward=(self._load_mixture if c.experts else self._load_dense)(
-                weights, name, feed_forward_norm
-            ),
+            feed_forward_norm=self._norm_of(weights, name + "ffn_norm", c.embedding),
+            feed_forward=(self._load_mixture if c.experts else self._load_dense)(weights, name),
             feed_forward_post=norm(c.post_norms, "post_ffw_norm", c.embedding),
             # zeros, because a masked position still takes part with weight 0, and 0 x NaN is NaN
             cache=upload(np.zeros(cache, dtype=array_dtype(weights.matrices))),
         )
 
-    def _load_dense(self, weights: Weights, name: str, norm: Tensor) -> _Dense:
+    def _load_dense(self, weights: Weights, name: str) -> _Dense:
         c = self.config
         inner = (c.feed_forward, c.embedding)
-        parts = [(name + "ffn_gate.weight", inner), (name + "ffn_up.weight", inner)]
+        parts = [Piece(name + "ffn_gate.weight", inner), Piece(name + "ffn_up.weight", inner)]
         if c.qkv_fused:
-            parts = [(name + "ffn_up.weight", (2 * c.feed_forward, c.embedding))]
+            parts = [Piece(name + "ffn_up.weight", (2 * c.feed_forward, c.embedding))]
         return _Dense(
-            gate_up=weights.stacked(parts, columns=norm),
+            gate_up=weights.stacked(parts),
             down=weights.matrix(name + "ffn_down.weight", c.embedding, c.feed_forward),
         )
 
-    def _load_mixture(self, weights: Weights, name: str, norm: Tensor) -> _Mixture:
+    def _load_mixture(self, weights: Weights, name: str) -> _Mixture:
         c = self.config
 
-        def below(part: str, rows: int, columns: int, by: Tensor | None) -> Tensor:
+        def below(part: str, rows: int, columns: int) -> Matrix:
             """A file has all experts' matrices as one tensor, or one tensor for each."""
             if weights.has(f"{name}{part}_exps.weight"):
-                found = weights.matrix(f"{name}{part}_exps.weight", c.experts, rows, columns, by=by)
-                return found.reshape(c.experts * rows, columns)
-            each = [(f"{name}{part}.{expert}.weight", (rows, columns)) for expert in range(c.experts)]
-            return weights.stacked(each, columns=by)
+                return weights.matrix(f"{name}{part}_exps.weight", c.experts, rows, columns)
+            return weights.stacked(
+                [Piece(f"{name}{part}.{expert}.weight", (rows, columns)) for expert in range(c.experts)]
+            )
 
         return _Mixture(
-            router=weights.precise(name + "ffn_gate_inp.weight", c.experts, c.embedding, columns=norm),
-            gate=below("ffn_gate", c.feed_forward, c.embedding, norm),
-            up=below("ffn_up", c.feed_forward, c.embedding, norm),
-            down=below("ffn_down", c.embedding, c.feed_forward, None),
+            router=weights.precise(name + "ffn_gate_inp.weight", c.experts, c.embedding),
+            gate=below("ffn_gate", c.feed_forward, c.embedding),
+            up=below("ffn_up", c.feed_forward, c.embedding),
+            down=below("ffn_down", c.embedding, c.feed_forward),
         )
 
     # ------------------------------------------------------------ steps
@@ -234,8 +228,7 @@ class Decoder:
             x = self._attend(x, block, layer, slots, positions, angles[layer.rope], length)
             x = self._feed_forward(x, block)
         x = kernels.gather_rows(x, wanted)
-        scale = kernels.inverse_norm(x, c.epsilon)
-        return self._matmul(kernels.scale_columns(x, self._norm), self._output, scale=scale)
+        return self._matmul(kernels.normed(x, self._norm, c.epsilon), self._output)
 
     def _attend(
         self,
@@ -248,7 +241,7 @@ class Decoder:
         length: UOp,
     ) -> Tensor:
         c = self.config
-        qkv = self._matmul(x, block.qkv, scale=kernels.inverse_norm(x, c.epsilon), bias=block.bias)
+        qkv = self._matmul(kernels.normed(x, block.attention_norm, c.epsilon), block.qkv, bias=block.bias)
         keys_norm = queries_norm = None
         if block.query_norm is not None and block.key_norm is not None:
             inverse = kernels.inverse_head_norms(qkv, c.heads + c.groups, c.width, c.epsilon)
@@ -266,13 +259,12 @@ class Decoder:
 
     def _feed_forward(self, x: Tensor, block: _Block) -> Tensor:
         c, part = self.config, block.feed_forward
-        scale = kernels.inverse_norm(x, c.epsilon)
+        normed = kernels.normed(x, block.feed_forward_norm, c.epsilon)
         if isinstance(part, _Mixture):
-            scores = kernels.matmul(x, part.router, scale=scale)
-            chosen, shares = experts.choose(scores, c.experts_used)
-            inner = experts.expand(x, part.gate, part.up, chosen, scale, c.experts)
+            chosen, shares = experts.choose(kernels.matmul(normed, part.router), c.experts_used)
+            inner = experts.expand(normed, part.gate, part.up, chosen, c.experts)
             return experts.contract(inner, part.down, chosen, shares, x, c.experts)
-        inner = kernels.gated(self._matmul(x, part.gate_up, scale=scale), c.gelu)
+        inner = kernels.gated(self._matmul(normed, part.gate_up), c.gelu)
         if block.feed_forward_post is None:
             return self._matmul(inner, part.down, residual=x)
         return self._add_normed(x, self._matmul(inner, part.down), block.feed_forward_post)
@@ -281,14 +273,9 @@ class Decoder:
         return kernels.add_normed(x, out, kernels.inverse_norm(out, self.config.epsilon), weight)
 
     def _matmul(
-        self,
-        x: Tensor,
-        weight: Tensor,
-        scale: Tensor | None = None,
-        bias: Tensor | None = None,
-        residual: Tensor | None = None,
+        self, x: Tensor | Normed, weight: Matrix, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        return kernels.matmul(x, weight, scale=scale, bias=bias, residual=residual, threads=self._threads)
+        return kernels.matmul(x, weight, bias=bias, residual=residual, threads=self._threads)
 
 
 def _angles(rope: Rope, config: DecoderConfig, length: int) -> npt.NDArray[np.float32]:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 import tinygrad.engine.realize as realize
-from tinygrad import Tensor
+from tinygrad import Tensor, dtypes
 from tinygrad.helpers import Target
 from tinygrad.renderer.llvmir import AMDLLVMRenderer
 from tinygrad.uop.ops import UOp
 
 from engine import experts, kernels, llvm
+from engine.matrices import LANES, LAYOUTS, Layout, Matrix, PackedForm, Part
 
 ROWS, HEADS, GROUPS, WIDTH, SLOTS, LENGTH = 4, 4, 2, 64, 2, 64
 
@@ -42,9 +43,16 @@ def step() -> None:
     tokens, slots, positions = (
         Tensor(np.array(v, dtype=np.int32)) for v in ([1, 2, 3, 4], [0, 0, 1, 1], [0, 1, 0, 1])
     )
-    x = kernels.gather_rows(Tensor.ones(8, embedding).half().contiguous(), tokens)
+    table = Tensor.ones(8, embedding).half().contiguous()
+    norm = Tensor.ones(embedding).contiguous()
+    for layout in sorted({*LAYOUTS.values()}, key=str):
+        kernels.matmul(
+            kernels.normed(kernels.gather_rows(packed(layout, 8, embedding), tokens), norm, 1e-5),
+            packed(layout, 48, embedding),
+        ).realize()
+    x = kernels.gather_rows(table, tokens)
     weight = Tensor.ones((HEADS + 2 * GROUPS) * WIDTH, embedding).half().contiguous()
-    qkv = kernels.matmul(x, weight, scale=kernels.inverse_norm(x, 1e-5))
+    qkv = kernels.matmul(kernels.normed(x, norm, 1e-5), weight)
     angles = Tensor.ones(2, ROWS, WIDTH // 2).contiguous()
     empty = Tensor.zeros(2, SLOTS, GROUPS, LENGTH, WIDTH).half().contiguous().realize()
     cache = kernels.write_cache(empty, qkv, angles, slots, positions, HEADS)
@@ -54,6 +62,14 @@ def step() -> None:
     x = kernels.matmul(mixed, Tensor.ones(embedding, embedding).half().contiguous(), residual=x)
     assert np.isfinite(kernels.gated(x).numpy()).all()
     peculiar(qkv, angles, empty, slots, positions, length)
+
+
+def packed(layout: Layout, outputs: int, inputs: int) -> Matrix:
+    panels = -(-outputs // LANES)
+    words = Tensor.ones(panels, inputs // layout.elements, LANES, dtype=dtypes.uint32).contiguous()
+    scales = Tensor.ones(panels, inputs // layout.group, LANES, dtype=layout.scale_dtype).contiguous()
+    tensors = (words, scales, scales) if layout.minimum else (words, scales)
+    return Matrix((Part(PackedForm(outputs, inputs, layout), tensors),))
 
 
 def peculiar(
@@ -66,14 +82,14 @@ def peculiar(
     cache = kernels.write_cache(cache, qkv, angles, slots, positions, HEADS, rotation, norm)
     queries = kernels.rotate_queries(qkv, angles, HEADS, WIDTH, WIDTH**-0.5, rotation, norm)
     x = kernels.attention(queries, cache, slots, positions, length, window=8)
-    scale = kernels.inverse_norm(x, 1e-5)
-    x = kernels.add_normed(x, x, scale, Tensor.ones(HEADS * WIDTH).contiguous())
+    weight = Tensor.ones(HEADS * WIDTH).contiguous()
+    x = kernels.add_normed(x, x, kernels.inverse_norm(x, 1e-5), weight)
     scores = kernels.matmul(x, Tensor.ones(8, HEADS * WIDTH).contiguous(), bias=Tensor.ones(8).contiguous())
     chosen, shares = experts.choose(scores, 2)
     assert chosen.numpy().tolist() == [[0, 1]] * ROWS  # of equals the first
-    matrices = [Tensor.ones(8 * 32, HEADS * WIDTH).half().contiguous() for _ in range(2)]
-    inner = experts.expand(x, *matrices, chosen, scale, 8)
-    down = Tensor.ones(8 * HEADS * WIDTH, 32).half().contiguous()
+    matrices = [packed(LAYOUTS[12], 8 * 32, HEADS * WIDTH) for _ in range(2)]
+    inner = experts.expand(kernels.normed(x, weight, 1e-5), *matrices, chosen, 8)
+    down = packed(LAYOUTS[14], 8 * HEADS * WIDTH, 32)
     x = experts.contract(inner, down, chosen, shares, x, 8)
     assert np.isfinite(kernels.gated(x, gelu=True).numpy()).all()
 

@@ -17,8 +17,9 @@ from tinygrad.uop.ops import UOp
 
 from engine import device, gguf, kernels, llvm, programs
 from engine.errors import DeviceUnusable
+from engine.matrices import LAYOUTS, Matrix, device_bytes
 from engine.recording import recording
-from engine.weights import Weights, upload
+from engine.weights import Piece, Weights, upload
 from tests.engine import small_gguf
 
 ROWS, HEADS, GROUPS, WIDTH, SLOTS, LENGTH = 4, 4, 2, 64, 2, 64
@@ -31,54 +32,88 @@ def floats(*shape: int) -> np.ndarray:
 
 
 def decoders(directory: Path) -> None:
-    """Every kind, replayed and beside others, bit for bit as tinygrad decodes it without a graph."""
-    tensors: dict[str, Any] = {"norm": ((512,), 0, floats(512).tobytes())}
+    """Every kind, stacked, replayed and in part, beside what tinygrad decodes without a graph: equal values."""
+    tensors: dict[str, Any] = {}
     for kind, (_, elements, size) in gguf.TYPES.items():
-        for index, rows in enumerate((8, 4, 8)):
+        for index, rows in enumerate((24, 7, 24)):
             blocks = rows * 512 // elements
             if kind in (0, 1, 30):
                 raw = (floats(rows * 512).view(np.uint32) >> 16).astype("<u2").tobytes()  # sound as bfloat16
                 raw = {0: floats(rows * 512), 1: floats(rows * 512).astype("<f2")}.get(kind, raw)
             else:
-                raw = random.integers(0, 120, blocks * size, dtype=np.uint8)  # finite when read as a scale
+                top = 120 if kind == 39 else 96  # moderate when read as a scale, be it an exponent
+                raw = random.integers(0, top, blocks * size, dtype=np.uint8)
             raw = raw if isinstance(raw, bytes) else raw.tobytes()
             tensors[f"{kind}.{index}"] = ((512, rows), kind, raw)
     header = gguf.read(small_gguf.write(directory / "kinds.gguf", {"general.architecture": "llama"}, tensors))
     with Weights(header, lambda done, total: None) as weights:
-        norm = weights.vector("norm", 512)
         for kind in gguf.TYPES:
-            got = weights.stacked([(f"{kind}.0", (8, 512)), (f"{kind}.1", (4, 512))], columns=norm).numpy()
-            again = weights.matrix(f"{kind}.2", 8, 512).numpy()
             plain = [
                 ggml_data_to_tensor(
                     Tensor(np.frombuffer(tensors[f"{kind}.{index}"][2], np.uint8).copy()).realize(),
                     rows * 512,
                     kind,
-                )
-                .reshape(rows, 512)
-                .float()
-                for index, rows in enumerate((8, 4, 8))
+                ).reshape(rows, 512)
+                for index, rows in enumerate((24, 7, 24))
             ]
-            for index, top in ((0, 0), (1, 8)):
-                right = (plain[index] * norm).half().numpy()
-                np.testing.assert_array_equal(got[top : top + len(right)], right, str(kind))
-            np.testing.assert_array_equal(again, plain[2].half().numpy(), str(kind))
-            assert again.any(), kind
+            right = [each.float().numpy() for each in plain]
+            stacked = weights.stacked([Piece(f"{kind}.0", (24, 512)), Piece(f"{kind}.1", (7, 512))])
+            part = weights.matrix(f"{kind}.2", 24, 512, rows=(3, 21), columns=(256, 512))
+            assert (stacked.shape, part.shape) == ((31, 512), (18, 256))
+            _same(values(stacked), np.concatenate(right[:2]), kind)
+            _same(values(part), right[2][3:21, 256:], kind)
+            whole = stacked.nbytes
+            assert whole <= device_bytes(kind, (32, 512)) <= whole * 32 / 31, kind  # lanes are filled up
+            if np.isfinite(values(part)).all():
+                product(part, values(part))
         weights.finish()
+
+
+def values(matrix: Matrix) -> np.ndarray:
+    """All its rows, as the kernels see them."""
+    rows = upload(np.arange(matrix.shape[0], dtype=np.int32))
+    return kernels.gather_rows(matrix, rows).numpy()
+
+
+def _same(got: np.ndarray, right: np.ndarray, kind: int) -> None:
+    """Packed: to float32's rounding of a product and a sum; otherwise rounded to float16."""
+    if kind not in LAYOUTS:
+        right = right.astype(np.float16).astype(np.float32)
+    assert right.any()
+    scale = np.abs(right[np.isfinite(right)]).max()
+    np.testing.assert_allclose(got, right, rtol=2e-7, atol=4e-7 * scale if kind in LAYOUTS else 0)
+
+
+def product(matrix: Matrix, weights: np.ndarray) -> None:
+    """matmul with all that can be added, for one row and for several."""
+    outputs, inputs = matrix.shape
+    for rows in (1, 3, 8, 33):
+        x, norm, inverse = floats(rows, inputs), floats(inputs), floats(rows)
+        bias, residual = floats(outputs), floats(rows, outputs)
+        given = kernels.Normed(upload(x), upload(inverse), upload(norm))
+        got = kernels.matmul(given, matrix, bias=upload(bias), residual=upload(residual)).numpy()
+        normed = x * inverse[:, None] * norm
+        for ours, values, added in (
+            (got, normed, bias + residual),
+            (kernels.matmul(upload(x), matrix).numpy(), x, np.zeros_like(residual)),
+        ):
+            right = values.astype(np.float64) @ weights.T + added
+            largest = np.abs(values).astype(np.float64) @ np.abs(weights).T + np.abs(added)
+            assert (np.abs(ours - right) <= 5e-5 * largest).all()
 
 
 def step(inputs: dict[str, Tensor], length: UOp) -> Tensor:
     """A block and its ends, as a model has them."""
     x = kernels.gather_rows(inputs["table"], inputs["tokens"])
     for _ in range(2):
-        qkv = kernels.matmul(x, inputs["qkv"], scale=kernels.inverse_norm(x, 1e-5))
+        qkv = kernels.matmul(kernels.normed(x, inputs["norm"], 1e-5), inputs["qkv"])
         ints = inputs["slots"], inputs["positions"]
         cache = kernels.write_cache(inputs["cache"], qkv, inputs["angles"], *ints, HEADS)
         queries = kernels.rotate_queries(qkv, inputs["angles"], HEADS, WIDTH, WIDTH**-0.5)
         x = kernels.matmul(kernels.attention(queries, cache, *ints, length), inputs["output"], residual=x)
         inner = kernels.gated(kernels.matmul(x, inputs["gate_up"]))
         x = kernels.matmul(inner, inputs["output"], residual=x)
-    return kernels.scale_columns(x, inputs["norm"])
+    return kernels.normed(x, inputs["norm"], 1e-5).applied()
 
 
 def inputs() -> dict[str, Tensor]:

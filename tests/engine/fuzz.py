@@ -32,9 +32,11 @@ if ATHERIS:
     with atheris.instrument_imports(include=["engine"], enable_loader_override=False):
         from engine import chat, checkpoint, gguf, models, safetensors, templates
         from engine.errors import EngineError
+        from engine.weights import weights_bytes
 else:
     from engine import chat, checkpoint, gguf, models, safetensors, templates
     from engine.errors import EngineError
+    from engine.weights import weights_bytes
 
 PARAMETERS = {
     "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi there 12"}]
@@ -100,8 +102,8 @@ class Target:
         vocabulary.encode("Hi there 12")
         for family in families:
             try:
-                config = models.read_config(found, models.check_family(found, family), 128)
-                assert config.weights_bytes() > 0
+                models.read_config(found, models.check_family(found, family), 128)
+                assert weights_bytes(found) > 0
             except EngineError:
                 continue
         try:

@@ -74,7 +74,7 @@ def test_load_reports_progress_and_memory(real: EngineProcess) -> None:
     assert [stage for stage, _ in itertools.groupby(stages)] == ["read", "upload", "compile"]
     loaded = real.wait_type(Loaded)
     assert (loaded.context, loaded.slots) == (CONTEXT, SLOTS)
-    assert 270e6 < loaded.memory_bytes < 500e6
+    assert 120e6 < loaded.memory_bytes < 250e6  # the weights are 85e6, as in the file
 
 
 def test_a_plausible_answer(real: EngineProcess, alone: dict[str, str]) -> None:
