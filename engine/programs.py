@@ -66,6 +66,8 @@ def compiled() -> int:
 def stored_program(ast: UOp, renderer: Any) -> UOp:
     """`tinygrad.codegen.to_program`, from memory, the cache file or tinygrad."""
     global _compiled
+    if ast.op is Ops.PROGRAM:
+        return ast
     key = _key(ast, renderer)
     program = _programs.get(key)
     if program is None:

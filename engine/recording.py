@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from tinygrad import Tensor
 from tinygrad.engine.jit import CapturedJit, jit_lower
+from tinygrad.engine.realize import compile_linear
 from tinygrad.uop.ops import Ops, UOp, buffers
 
 Kernel = Callable[..., UOp]
@@ -35,7 +37,10 @@ class Recording:
 
     def captured(self, result: Tensor) -> CapturedJit[Tensor]:
         """The calls compiled, their intermediates laid over each other in one buffer, and made a device graph."""
-        linear = UOp(Ops.LINEAR, src=tuple(self._calls))
+        linear = compile_linear(UOp(Ops.LINEAR, src=tuple(self._calls)))
+        # a kernel that touches no buffer is a copy onto itself: of one slot to another where there is only one
+        calls = [_of_used_buffers(call) for call in linear.src if call.src[0].arg.globals]
+        linear = linear.replace(src=tuple(calls))
         held = {*buffers, _buffer(result)}
         return CapturedJit(result, jit_lower(linear, held, []), [], [])
 
@@ -65,6 +70,26 @@ def call(kernel: Kernel, *tensors: Tensor, bound: tuple[UOp, ...] = ()) -> Tenso
     sources = [t.uop if t.uop.op is Ops.AFTER else t.uop.contiguous() for t in tensors]
     placeholders = [UOp.placeholder_like(source, slot=slot) for slot, source in enumerate(sources)]
     return Tensor(sources[0].after(kernel(*placeholders).call(*sources, *bound)))
+
+
+def _of_used_buffers(call: UOp) -> UOp:
+    """A compiled call without the buffers that its kernel does not read: of one slot, which slot a row is in.
+
+    tinygrad leaves them out when it runs a kernel by itself; its graphs of HCQ devices do not, and the kernel would
+    take the next buffer for the one that it wants.
+    """
+    program, *buffers_given = call.src
+    used = program.arg.globals
+    if len(used) == len(buffers_given):
+        return call
+    place = {given: index for index, given in enumerate(used)}
+    info = replace(
+        program.arg,
+        globals=tuple(place.values()),
+        outs=tuple(place[given] for given in program.arg.outs),
+        ins=tuple(place[given] for given in program.arg.ins),
+    )
+    return call.replace(src=(program.replace(arg=info), *(buffers_given[given] for given in used)))
 
 
 def _buffer(tensor: Tensor) -> UOp:
