@@ -11,6 +11,7 @@ import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from tinygrad import Device
 from tinygrad.helpers import CPU_COUNT, GlobalCounters
@@ -24,18 +25,47 @@ from engine.gguf import Gguf, bad_file
 from engine.graphs import GraphedModel, bucket_sizes, cache_length, logits_rows
 from engine.models import check_family, read_config
 from engine.models.decoder import Decoder, DecoderConfig
-from engine.protocol import Load, Loaded, LoadProgress
+from engine.models.encoder import EncoderConfig
+from engine.protocol import Load, Loaded, LoadProgress, Message, Run
 from engine.weights import Weights, weights_bytes
 
 Progress = Callable[[LoadProgress], None]
+
+
+class Serving(Protocol):
+    """The runs of a model, as engine.batching.Batcher has them. Every method returns the messages to send."""
+
+    prefilling: bool
+
+    @property
+    def active(self) -> int: ...
+    @property
+    def busy(self) -> bool: ...
+
+    def add(self, run: Run) -> list[Message]: ...
+    def cancel(self, run_id: str) -> list[Message]: ...
+    def fail_all(self, code: str, message: str) -> list[Message]: ...
+    def step(self, room: int) -> list[Message]: ...
+
+
+class Graphs(Protocol):
+    """A model on the device, whose steps are captured for each number of rows."""
+
+    sizes: list[int]
+
+    def capture(self, size: int) -> None: ...
+    def free(self) -> None: ...
+
+
+G = TypeVar("G", bound=Graphs)
 
 
 @dataclass
 class LoadedModel:
     """A model that serves runs."""
 
-    batcher: Batcher
-    graphs: GraphedModel
+    batcher: Serving
+    graphs: Graphs
     loaded: Loaded
 
 
@@ -47,12 +77,32 @@ def memory_used() -> int:
 def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: Progress) -> LoadedModel:
     """Read, check, upload, capture. Raises LoadError, after which the device holds nothing of the model."""
     began, before, compiled_before = time.monotonic(), memory_used(), programs.compiled()
+    kinds = {"text_generation": _load_decoder, "embedding": _load_embeddings}
+    if load.task_type not in kinds:
+        raise LoadError("bad_parameters", f"the engine serves no tasks of type {load.task_type!r}")
+    batcher, graphs, context = kinds[load.task_type](load, slots, name, limit, progress)
+    loaded = Loaded(
+        model=load.model,
+        memory_bytes=memory_used() - before,
+        load_s=time.monotonic() - began,
+        context=context,
+        slots=slots,
+        kernels_compiled=programs.compiled() - compiled_before,
+    )
+    return LoadedModel(batcher, graphs, loaded)
+
+
+def _load_decoder(
+    load: Load, slots: int, name: DeviceName, limit: int, progress: Progress
+) -> tuple[Serving, Graphs, int]:
     checkpoint = open_checkpoint(load.path)
     family = check_family(checkpoint, load.family)
-    vocabulary = vocabulary_of(checkpoint)
     if slots < 1 or load.context < 2:
         raise LoadError("bad_parameters", f"{slots} slots of {load.context} tokens make no sense")
     config = read_config(checkpoint, family, load.context)
+    if isinstance(config, EncoderConfig):
+        raise LoadError("unsupported_architecture", f"a {load.family} model generates no text, only embeddings")
+    vocabulary = vocabulary_of(checkpoint)
     context = min(load.context, config.context_max)
     if len(vocabulary.pieces) > config.vocabulary:
         raise bad_file(
@@ -63,14 +113,39 @@ def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: P
     check_memory(load.model, need, limit, memory_available(name))
     size = checkpoint.file_size
     progress(LoadProgress(model=load.model, stage="read", done=size, total=size))
-    graphs: GraphedModel | None = None
-    gc.disable()  # building graphs makes millions of objects that live: collecting them took a fifth of the load
-    try:
+
+    def upload() -> GraphedModel:
         spelled = str if isinstance(checkpoint, Gguf) else family.spelled
         with Weights(checkpoint, _uploads(load.model, progress), spelled) as weights:
             model = Decoder(config, weights, slots, cache_length(context), CPU_COUNT.value if on_cpu else 1)
-        graphs = GraphedModel(model, slots, context, on_cpu)
-        del model
+        return GraphedModel(model, slots, context, on_cpu)
+
+    graphs = _captured(load, need, upload, progress)
+    return Batcher(graphs, vocabulary), graphs, context
+
+
+def _load_embeddings(
+    load: Load, slots: int, name: DeviceName, limit: int, progress: Progress
+) -> tuple[Serving, Graphs, int]:
+    from engine.embedding_loading import EmbeddingFiles
+
+    on_cpu = name.kind == "CPU"
+    files = EmbeddingFiles.read(load.path, load.family, slots, load.context)
+    need = files.memory_needed(on_cpu)
+    check_memory(load.model, need, limit, memory_available(name))
+    size = files.checkpoint.file_size
+    progress(LoadProgress(model=load.model, stage="read", done=size, total=size))
+    uploads, threads = _uploads(load.model, progress), CPU_COUNT.value if on_cpu else 1
+    graphs = _captured(load, need, lambda: files.upload(uploads, threads, on_cpu), progress)
+    return files.batcher(graphs), graphs, files.context
+
+
+def _captured(load: Load, need: int, upload: Callable[[], G], progress: Progress) -> G:
+    """A model on the device with all its graphs. Raises LoadError when the memory was not enough after all."""
+    graphs: G | None = None
+    gc.disable()  # building graphs makes millions of objects that live: collecting them took a fifth of the load
+    try:
+        graphs = upload()
         for done, size in enumerate(graphs.sizes):
             progress(LoadProgress(model=load.model, stage="compile", done=done, total=len(graphs.sizes)))
             graphs.capture(size)
@@ -86,15 +161,7 @@ def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: P
         raise LoadError("out_of_memory", text) from None
     finally:
         gc.enable()
-    loaded = Loaded(
-        model=load.model,
-        memory_bytes=memory_used() - before,
-        load_s=time.monotonic() - began,
-        context=context,
-        slots=slots,
-        kernels_compiled=programs.compiled() - compiled_before,
-    )
-    return LoadedModel(Batcher(graphs, vocabulary), graphs, loaded)
+    return graphs
 
 
 def _uploads(model: str, progress: Progress) -> Callable[[int, int], None]:

@@ -17,6 +17,7 @@ import msgspec
 VERSION_MIN = 1
 VERSION_MAX = 1
 FRAME_BYTES_MAX = 16 * 1024 * 1024
+OUTPUT_BYTES_MAX = 2 * 1024 * 1024  # of one run's arrays: they go in one frame, one transaction and one answer
 SOCKET_ENV = "BITINGLIP_ENGINE_FD"  # number of the inherited socket's file descriptor
 
 Phase = Literal["start", "idle", "load", "warmup", "prefill", "decode"]
@@ -59,6 +60,7 @@ class Load(Message, frozen=True, tag="load"):
     family: str  # whitelisted architecture, e.g. "llama"
     context: int = 2048  # tokens per slot
     slots: int = 8
+    task_type: str = "text_generation"  # what its runs are of: "embedding" computes vectors of texts
 
 
 class Unload(Message, frozen=True, tag="unload"):
@@ -73,7 +75,7 @@ class Run(Message, frozen=True, tag="run"):
     run_id: str  # "<task_id>/<attempt>"
     model: str
     task_type: str
-    parameters: dict[str, Any]  # as validated by the API: see peer.state.task.TextGeneration
+    parameters: dict[str, Any]  # as validated by the API: see peer.state.task.TextGeneration and Embedding
     request_id: str = ""  # for the engine's log
 
 
@@ -183,6 +185,22 @@ class Tokens(Message, frozen=True, tag="tokens"):
     logprobs: list[Logprobs] = []  # one for each of `count` when the run asked for them
 
 
+class Array(msgspec.Struct, frozen=True):
+    """Numbers in row-major order, little endian. `dtype` is numpy's name of their type."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Output(Message, frozen=True, tag="output"):
+    """What a run gives that is no text, all of it, just before `Finished`. At most OUTPUT_BYTES_MAX of data."""
+
+    run_id: str
+    arrays: list[Array]
+
+
 class Finished(Message, frozen=True, tag="finished"):
     run_id: str
     reason: FinishReason
@@ -230,6 +248,7 @@ FromEngine = (
     | Unloaded
     | Started
     | Tokens
+    | Output
     | Finished
     | RunFailed
     | TokenCount

@@ -28,6 +28,9 @@ SINGLE = "model.safetensors"
 
 # type -> (ggml type, bytes), so that the same code decodes both formats
 TYPES = {"F32": (0, 4), "F16": (1, 2), "BF16": (30, 2)}
+# 0, 1, 2, ... as integers, which old files have and nobody reads
+POSITION_NUMBERS = "embeddings.position_ids"
+_I64 = 27
 
 _Size = Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
 
@@ -105,6 +108,8 @@ def read(path: str | Path) -> Folder:
                 raise bad_file(path, f"two files have a tensor {info.name!r}")
             tensors[info.name] = info
     for name, file in expected.items():
+        if name.endswith(POSITION_NUMBERS):
+            continue
         if name not in tensors or tensors[name].file.name != file:
             raise bad_file(path, f"its index says that {name!r} is in {file!r}, and it is not")
     if len(tensors) > TENSORS_MAX:
@@ -188,15 +193,16 @@ def read_file(path: Path) -> list[TensorInfo]:
         end += info.size
     if end != size:
         raise bad_file(path, f"its tensors end at byte {end} and the file at {size}")
-    return infos
+    return [info for info in infos if info.kind != _I64]
 
 
 def _place(path: Path, name: str, entry: _Entry, start: int) -> TensorInfo:
-    if entry.dtype not in TYPES:
+    numbering = entry.dtype == "I64" and name.endswith(POSITION_NUMBERS)
+    if entry.dtype not in TYPES and not numbering:
         known = ", ".join(TYPES)
         text = f"{path}: tensor {name[:80]!r} is {entry.dtype[:20]!r}; usable are {known}"
         raise LoadError("unsupported_quantisation", text)
-    kind, width = TYPES[entry.dtype]
+    kind, width = (_I64, 8) if numbering else TYPES[entry.dtype]
     elements = math.prod(entry.shape) if len(entry.shape) <= DIMENSIONS_MAX else -1
     if not len(entry.shape) >= 1 or not 1 <= elements <= ELEMENTS_MAX:
         raise bad_file(path, f"tensor {name[:80]!r} has the impossible shape {entry.shape[:8]}")

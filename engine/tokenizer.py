@@ -145,10 +145,8 @@ def _table(gguf: Gguf, key: str, kind: type, length: int | None = None) -> list[
 def from_gguf(gguf: Gguf) -> Vocabulary:
     """Build the tokenizer. Raises LoadError `unsupported_tokenizer` or `bad_model_file`."""
     model = gguf.text("tokenizer.ggml.model")
-    names = _names(gguf)
-    kinds = [1] * len(names)
-    if "tokenizer.ggml.token_type" in gguf.metadata:
-        kinds = _table(gguf, "tokenizer.ggml.token_type", int, len(names))
+    names = token_names(gguf)
+    kinds = token_kinds(gguf, len(names))
     if model == "gpt2":
         tokenizer = _byte_level(gguf, names)
         table = byte_of_character()
@@ -223,7 +221,14 @@ def _byte_level(gguf: Gguf, names: list[str]) -> Tokenizer:
     return tokenizer
 
 
-def _names(gguf: Gguf) -> list[str]:
+def token_kinds(gguf: Gguf, count: int) -> list[int]:
+    """CONTROL and the like of each token; 1 is a plain one."""
+    if "tokenizer.ggml.token_type" not in gguf.metadata:
+        return [1] * count
+    return _table(gguf, "tokenizer.ggml.token_type", int, count)
+
+
+def token_names(gguf: Gguf) -> list[str]:
     """The tokens, none of them so long that to look at all its cuts would take for ever."""
     names = _table(gguf, "tokenizer.ggml.tokens", str)
     if max(map(len, names)) > NAME_MAX or sum(map(len, names)) > NAMES_MAX:

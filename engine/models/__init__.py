@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from engine.errors import LoadError
 from engine.gguf import Gguf
-from engine.models import gemma3, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3moe
+from engine.models import bert, gemma3, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3moe
 from engine.models.decoder import DecoderConfig
+from engine.models.encoder import EncoderConfig
 from engine.safetensors import Folder
 
 
@@ -18,8 +19,8 @@ class Family:
 
     architecture: str  # `general.architecture` of a GGUF file
     model_type: str  # of a folder's config.json
-    from_gguf: Callable[[Gguf, int], DecoderConfig]
-    from_folder: Callable[[Folder, int], DecoderConfig]
+    from_gguf: Callable[[Gguf, int], DecoderConfig | EncoderConfig]
+    from_folder: Callable[[Folder, int], DecoderConfig | EncoderConfig]
     spelled: Callable[[str], str]  # a tensor's name in a folder
 
 
@@ -27,7 +28,7 @@ FAMILIES = {
     module.__name__.rpartition(".")[2]: Family(
         module.ARCHITECTURE, module.MODEL_TYPE, module.from_gguf, module.from_folder, module.spelled
     )
-    for module in (llama, mistral, mixtral, qwen2, qwen3, qwen3moe, gemma3, phi3)
+    for module in (llama, mistral, mixtral, qwen2, qwen3, qwen3moe, gemma3, phi3, bert)
 }
 
 
@@ -52,7 +53,7 @@ def check_family(checkpoint: Gguf | Folder, family: str) -> Family:
     return FAMILIES[family]
 
 
-def read_config(checkpoint: Gguf | Folder, family: Family, context: int) -> DecoderConfig:
+def read_config(checkpoint: Gguf | Folder, family: Family, context: int) -> DecoderConfig | EncoderConfig:
     """The model's shape for slots of `context` tokens. Raises LoadError."""
     if isinstance(checkpoint, Gguf):
         return family.from_gguf(checkpoint, context)

@@ -222,13 +222,24 @@ class Decoder:
     ) -> Tensor:
         """One step. tokens, slots, positions [R]; angles [2, R, D / 2] for each rope; `wanted` [L]: the rows whose
         logits are asked for; `length` bound to at least max(positions) + 1. -> logits [L, V]."""
-        c = self.config
-        x = kernels.gather_rows(self._embedding, tokens, c.embedding_scale)
-        for block, layer in zip(self._blocks, c.layers, strict=True):
+        x = kernels.gather_rows(self._through_blocks(tokens, slots, positions, angles, length), wanted)
+        return self._matmul(kernels.normed(x, self._norm, self.config.epsilon), self._output)
+
+    def states(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, angles: Sequence[Tensor], length: UOp
+    ) -> Tensor:
+        """As `forward`, but instead of logits what they are made of, of every row: normed, [R, E]."""
+        x = self._through_blocks(tokens, slots, positions, angles, length)
+        return kernels.normed(x, self._norm, self.config.epsilon).applied()
+
+    def _through_blocks(
+        self, tokens: Tensor, slots: Tensor, positions: Tensor, angles: Sequence[Tensor], length: UOp
+    ) -> Tensor:
+        x = kernels.gather_rows(self._embedding, tokens, self.config.embedding_scale)
+        for block, layer in zip(self._blocks, self.config.layers, strict=True):
             x = self._attend(x, block, layer, slots, positions, angles[layer.rope], length)
             x = self._feed_forward(x, block)
-        x = kernels.gather_rows(x, wanted)
-        return self._matmul(kernels.normed(x, self._norm, c.epsilon), self._output)
+        return x
 
     def _attend(
         self,
