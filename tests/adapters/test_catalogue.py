@@ -16,9 +16,12 @@ from peer.adapters.sources import (
     SourceError,
     UrlSource,
     file_name,
+    inside,
+    is_folder,
     parse_source,
 )
 from peer.errors import ConfigError
+from peer.state.model import ModelFile
 
 
 def mistakes(text: str) -> list[str]:
@@ -70,6 +73,70 @@ models:
     model = parse_catalogue(text.encode(), "c")["qwen2.5-0.5b"]
     assert (model.size_bytes, model.memory_bytes, model.context) == (1_048_576, 2_000_000_000, 4096)
     assert model.task_types == ("text_generation",)
+
+
+A, B = "a" * 64, "b" * 64
+
+
+def test_a_folder_names_its_files() -> None:
+    text = f"""
+models:
+  m:
+    source: hf:a/b@0123abc
+    family: llama
+    files:
+      config.json: {A}
+      model.safetensors: {{sha256: {B}, size_bytes: 2MB}}
+  n:
+    source: https://h/folder/
+    family: llama
+    files: {{config.json: {{sha256: {A}, size_bytes: 10}}, model.safetensors: {{sha256: {B}, size_bytes: 2MB}}}}
+"""
+    models = parse_catalogue(text.encode(), "c")
+    assert models["m"].files == (
+        ModelFile(name="config.json", sha256=A),
+        ModelFile(name="model.safetensors", sha256=B, size_bytes=2_000_000),
+    )
+    assert [model.size_bytes for model in models.values()] == [0, 2_000_010]
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "words"),
+    [
+        ("hf:a/b@main", "", "`models.m` is a folder: it needs `files`"),
+        ("https://h/x/", "", "it needs `files`"),
+        (
+            "hf:a/b@main#x.gguf",
+            f"files: {{config.json: {A}, m.safetensors: {B}}}",
+            "a source that is one file",
+        ),
+        (
+            "file:/x",
+            f"files: {{config.json: {A}, m.safetensors: {B}}}, sha256: {A}",
+            "cannot have one of its own",
+        ),
+        ("file:/x", f"files: {{config.json: {A}}}", "expected config.json and a .safetensors file"),
+        ("file:/x", f"files: {{m.safetensors: {A}}}", "expected config.json and a .safetensors file"),
+        ("file:/x", f"files: {{../config.json: {A}}}", "`../config.json` is no plain file name"),
+        ("file:/x", f"files: {{pytorch_model.bin: {A}}}", "is a pickle"),
+        ("file:/x", f"files: {{run.py: {A}}}", "ends in none of"),
+        ("file:/x", "files: {config.json: abc}", "64 hexadecimal digits"),
+        ("file:/x", f"files: {{config.json: {{sha256: {A}, sise: 1}}}}", "may have a size_bytes"),
+        ("file:/x", "files: {config.json: [1]}", "needs a sha256"),
+        ("file:/x", "files: []", "expected 1 to 1024 names"),
+        ("file:/x", f"files: {{config.json: {A}, config.json: {A}}}", "is there twice"),
+        (
+            "file:/x",
+            f"size_bytes: 5, files: {{config.json: {{sha256: {A}, size_bytes: 1}}, m.safetensors: {{sha256: {B}, "
+            "size_bytes: 1}}",
+            "has files of 2 bytes, and `size_bytes` says 5",
+        ),
+    ],
+)
+def test_mistakes_of_folders(source: str, more: str, words: str) -> None:
+    found = mistakes(f"models: {{m: {{source: '{source}', family: llama, {more}}}}}")
+    assert len(found) == 1
+    assert words in found[0]
 
 
 def test_every_mistake_is_named_with_its_line_and_key() -> None:
@@ -153,6 +220,15 @@ def test_sources() -> None:
         "https://h/TheBloke/Llama-2-7B-GGUF/resolve/refs%2Fpr%2F1/llama-2-7b.Q4_K_M.gguf"
     )
     assert parse_source("file:/srv/model") == FileSource("/srv/model")
+    folder = parse_source("hf:a/b@abc#sub/")
+    assert is_folder(folder)
+    assert inside(folder, "config.json") == HubSource("a/b", "abc", "sub/config.json")
+    assert inside(parse_source("hf:a/b@abc"), "c.json") == HubSource("a/b", "abc", "c.json")
+    assert inside(parse_source("https://h/a/?t=1"), "c.json") == UrlSource("https://h/a/c.json?t=1")
+    assert inside(parse_source("file:/srv/m/"), "c.json") == FileSource("/srv/m/c.json")
+    assert inside(parse_source("package:a==1#b/"), "c.json") == PackageSource("a", "1", "b/c.json")
+    with pytest.raises(SourceError):
+        inside(BuiltinSource("echo"), "c.json")
     assert parse_source("builtin:echo") == BuiltinSource("echo")
     url = parse_source("https://h/a/b c.gguf?x=y")
     assert isinstance(url, UrlSource)
@@ -182,6 +258,10 @@ def test_sources() -> None:
         "hf:../b@main#c.gguf",
         "hf:a/b@../x#c.gguf",
         "hf:a/b@main#a/../c.gguf",
+        "hf:a/b@main#",
+        "hf:a/b@main#../",
+        "hf:a/b@main#/",
+        "https://h/x.bin/../y.pt",
         "https://h/x.gguf\n",
         "https://h/" + "x" * 3000 + ".gguf",
     ],

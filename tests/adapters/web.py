@@ -1,4 +1,4 @@
-"""A small HTTP server on trio that serves one file and misbehaves as told."""
+"""A small HTTP server on trio that serves one file, or several by their paths, and misbehaves as told."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class Answer:
 @dataclass
 class Web:
     data: bytes = b""
+    files: dict[str, bytes] | None = None  # by path; anything else is 404
     etag: str = '"v1"'
     ranges: bool = True
     asked: list[Asked] = field(default_factory=list)
@@ -49,15 +50,18 @@ class Web:
 
     def whole(self, asked: Asked) -> Answer:
         """As a good server: ranges, If-Range, 416."""
+        data = self.data if self.files is None else self.files.get(asked.path.partition("?")[0])
+        if data is None:
+            return Answer(404)
         start, same = asked.start, asked.headers.get("if-range", self.etag) == self.etag
         headers = {"etag": self.etag} if self.etag else {}
         if start is None or not self.ranges or not same:
-            return Answer(200, headers, self.data)
-        size = len(self.data)
+            return Answer(200, headers, data)
+        size = len(data)
         if start >= size:
             return Answer(416, headers | {"content-range": f"bytes */{size}"})
         headers["content-range"] = f"bytes {start}-{size - 1}/{size}"
-        return Answer(206, headers, self.data[start:])
+        return Answer(206, headers, data[start:])
 
     def cut_after(self, count: int, *, reset: bool = False) -> Callable[[Asked], Answer]:
         def answer(asked: Asked) -> Answer:
@@ -114,7 +118,7 @@ class Web:
 
 
 @asynccontextmanager
-async def serving(data: bytes, **options: object) -> AsyncIterator[Web]:
+async def serving(data: bytes = b"", **options: object) -> AsyncIterator[Web]:
     web = Web(data, **options)  # type: ignore[arg-type]
     async with trio.open_nursery() as nursery:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
