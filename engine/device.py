@@ -1,35 +1,36 @@
-"""Which device this process owns: chosen before tinygrad is imported, named for people, tested before use.
+"""Which device this process owns, or which several: chosen before tinygrad is imported, named for people.
 
-A device string is tinygrad's, `[INTERFACE[:INDICES]+]DEVICE[:COMPILER[:ARCH]]`, such as "CPU:LLVM", "CPU:X86" or
-"KFD:0+AMD:LLVM". What it does not name is never chosen silently: the compiler defaults to the bundled LLVM, the AMD
-interface to the kernel driver (without it tinygrad would take the card from amdgpu over PCI), the device to nothing.
-Every problem raises `DeviceUnusable`, whose message names the card, its architecture and what to do.
+A device string is tinygrad's, `[INTERFACE[:NUMBERS]+]DEVICE[:COMPILER[:ARCH]]`, such as "CPU:LLVM", "CPU:X86" or
+"KFD:0+AMD:LLVM"; where a backend has no interfaces the numbers follow its name, as in "CL:1" or "CPU:0,1:LLVM".
+Several numbers are one engine's devices, which share each model (`engine.models.decoder`). What a string does not
+name is never chosen silently: the compiler defaults to the one that needs least of the host (`COMPILERS`), the
+interface to the kernel driver (without it tinygrad would take the card from the driver over PCI), the device to
+nothing. Every problem raises `DeviceUnusable`, whose message names the card, its architecture and what to do.
+`engine.self_test` opens and tests what was chosen.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
 import stat
-import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from engine.errors import DeviceUnusable
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    Array = npt.NDArray[Any]
 
 KFD_DEVICE = Path("/dev/kfd")
 KFD_NODES = Path("/sys/class/kfd/kfd/topology/nodes")
 RENDER_NODES = Path("/sys/class/drm")
-DEVICES = ("CPU", "AMD", "NV", "CUDA", "CL")
+# LLVM comes with llvmlite. PTX needs only NVIDIA's driver on CUDA, and libnvJitLink on NV. OpenCL has its driver's own.
+COMPILERS = {"CPU": "LLVM", "AMD": "LLVM", "NV": "PTX", "CUDA": "PTX", "CL": ""}
+INTERFACES = {"AMD": "KFD", "NV": "NVK"}
+HOST = "CPU:LLVM"  # for what tinygrad computes on the host beside another device
 SUPPORTED_AMD = "gfx942, gfx950, gfx11xx and gfx12xx"
-TOLERANCE = 2e-2  # of the self-test, whose matrices are float16
+DEVICES_MAX = 16  # of one engine
 
 
 @dataclass(frozen=True)
@@ -40,43 +41,77 @@ class DeviceName:
     compiler: str
     architecture: str
     interface: str
-    indices: str
+    numbers: tuple[int, ...]  # () = the first
 
     def __str__(self) -> str:
-        before = ":".join(filter(None, (self.interface, self.indices)))
-        after = ":".join(filter(None, (self.kind, self.compiler, self.architecture)))
-        return f"{before}+{after}" if before else after
+        numbers = ",".join(map(str, self.numbers))
+        if self.interface:
+            before = ":".join(filter(None, (self.interface, numbers)))
+            return before + "+" + ":".join(filter(None, (self.kind, self.compiler, self.architecture)))
+        return ":".join(filter(None, (self.kind, numbers, self.compiler, self.architecture)))
+
+    @property
+    def environment(self) -> str:
+        """What tinygrad's DEV must be."""
+        plain = DeviceName(self.kind, self.compiler, self.architecture, "", ())
+        chosen = str(self if self.interface else plain)
+        return chosen if self.kind == "CPU" else f"{chosen};{HOST}"
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """tinygrad's names of them, the first one first. An interface shows only those that were asked for."""
+        count = len(self.numbers) or 1
+        numbers = self.numbers if self.numbers and not self.interface else range(count)
+        return tuple(f"{self.kind}:{number}" if number else self.kind for number in numbers)
 
 
 @dataclass(frozen=True)
 class DeviceFacts:
-    """What is known of the device without tinygrad."""
+    """What is known of a device; of several see `joined`."""
 
     name: str
     architecture: str
-    memory_bytes: int
+    memory_bytes: int  # 0: unknown
 
 
 def parse(device: str) -> DeviceName:
     """Raises DeviceUnusable `bad_configuration`."""
     before, plus, after = device.rpartition("+")
-    interface, _, indices = before.partition(":") if plus else ("", "", "")
+    interface, _, numbers = before.partition(":") if plus else ("", "", "")
     kind, _, rest = after.partition(":")
+    kind, interface = kind.upper(), interface.upper()
+    if not plus and re.fullmatch(r"[0-9,]+(:.*)?", rest):
+        numbers, _, rest = rest.partition(":")
     compiler, _, architecture = rest.partition(":")
-    kind, compiler, interface = kind.upper(), compiler.upper(), interface.upper()
-    if kind not in DEVICES or "+" in before:
+    if kind not in COMPILERS or "+" in before:
         raise DeviceUnusable(
             "bad_configuration",
-            f"device {device!r} is not one of {', '.join(DEVICES)}; examples: CPU:LLVM, KFD:0+AMD:LLVM",
+            f"device {device!r} is not one of {', '.join(COMPILERS)}; "
+            "examples: CPU:LLVM, KFD:0+AMD:LLVM, KFD:0,1+AMD:LLVM, CL:1",
         )
-    if indices and not indices.isdigit():
-        text = f"device {device!r} names several cards; an engine owns one: write its index alone, as in KFD:0+AMD"
-        raise DeviceUnusable("bad_configuration", text)
-    if kind in ("CPU", "AMD"):
-        compiler = compiler or "LLVM"
-    if kind == "AMD":
-        interface = interface or "KFD"
-    return DeviceName(kind, compiler, architecture, interface, indices)
+    if interface and kind not in INTERFACES:
+        raise DeviceUnusable("bad_configuration", f"device {device!r}: {kind} has no interface to choose")
+    return DeviceName(
+        kind,
+        compiler.upper() or COMPILERS[kind],
+        architecture,
+        interface or INTERFACES.get(kind, ""),
+        _numbers(device, numbers),
+    )
+
+
+def _numbers(device: str, text: str) -> tuple[int, ...]:
+    if not text:
+        return ()
+    if not re.fullmatch(r"[0-9]{1,3}(,[0-9]{1,3})*", text):
+        raise DeviceUnusable("bad_configuration", f"device {device!r}: {text!r} are no numbers of devices")
+    numbers = tuple(map(int, text.split(",")))
+    if len(set(numbers)) < len(numbers) or len(numbers) > DEVICES_MAX:
+        raise DeviceUnusable(
+            "bad_configuration",
+            f"device {device!r}: an engine owns at most {DEVICES_MAX} devices, each once",
+        )
+    return numbers
 
 
 def examine(name: DeviceName) -> DeviceFacts:
@@ -85,7 +120,21 @@ def examine(name: DeviceName) -> DeviceFacts:
         return _examine_amd(name)
     if name.kind == "CPU":
         return DeviceFacts(_cpu_name(), platform.machine(), _host_memory("MemTotal"))
-    return DeviceFacts(f"{name.kind} device", name.architecture or name.kind.lower(), 0)
+    return joined(
+        [DeviceFacts(f"{name.kind} device", name.architecture or name.kind.lower(), 0)] * len(name.devices)
+    )
+
+
+def joined(facts: Sequence[DeviceFacts]) -> DeviceFacts:
+    """Several devices as one: "2 x Radeon PRO W7900", or the names side by side where they differ.
+
+    Each holds an equal share of a model: the memory is the smallest one's times their number.
+    """
+    counts = Counter(each.name for each in facts)
+    names = [f"{count} x {name}" if count > 1 else name for name, count in counts.items()]
+    architectures = dict.fromkeys(each.architecture for each in facts)
+    memory = min(each.memory_bytes for each in facts) * len(facts)
+    return DeviceFacts(" + ".join(names), " + ".join(architectures), memory)
 
 
 def _cpu_name() -> str:
@@ -122,12 +171,15 @@ def _examine_amd(name: DeviceName) -> DeviceFacts:
             "no_device", "/dev/kfd may not be opened: add this user to the groups render and video"
         )
     cards = _amd_cards()
-    index = int(name.indices or 0)
-    if index >= len(cards):
+    return joined([_examine_card(cards, number) for number in name.numbers or (0,)])
+
+
+def _examine_card(cards: list[DeviceFacts], number: int) -> DeviceFacts:
+    if number >= len(cards):
         raise DeviceUnusable(
-            "no_device", f"GPU {index} was asked for and the kernel driver shows {len(cards)}"
+            "no_device", f"GPU {number} was asked for and the kernel driver shows {len(cards)}"
         )
-    facts = cards[index]
+    facts = cards[number]
     gfx = facts.architecture
     if gfx not in ("gfx942", "gfx950") and not gfx.startswith(("gfx11", "gfx12")):
         raise DeviceUnusable(
@@ -170,7 +222,7 @@ def _read(path: Path) -> str:
 
 def choose(name: DeviceName, cache_dir: str) -> None:
     """Set tinygrad's environment; it must not have been imported. Raises DeviceUnusable `bad_configuration`."""
-    os.environ["DEV"] = str(name)
+    os.environ["DEV"] = name.environment
     if not cache_dir:
         os.environ["CACHELEVEL"] = "0"
         return
@@ -185,96 +237,3 @@ def choose(name: DeviceName, cache_dir: str) -> None:
         text = f"cache_dir {directory} must belong to this user and have mode 0700"
         raise DeviceUnusable("bad_configuration", text)
     os.environ["CACHEDB"] = str(directory.resolve() / "kernels.db")
-
-
-def self_test(name: DeviceName) -> float:
-    """Open the device and compare a matmul and a small layer with numpy. Seconds it took.
-
-    Raises DeviceUnusable `no_device` when it does not open, `self_test_failed` when it computes something else.
-    """
-    began = time.monotonic()
-    import numpy as np
-    from tinygrad import Device
-
-    from engine import compatibility, llvm, programs
-
-    programs.install(compatibility.digest(compatibility.facts(name)))
-    if name.compiler == "LLVM":
-        llvm.install()
-    try:
-        opened = Device[Device.DEFAULT]
-        opened.renderer  # noqa: B018 - opening a device does not yet prove that it has a compiler
-    except (RuntimeError, OSError, AssertionError, ImportError, AttributeError, ExceptionGroup) as error:
-        raise DeviceUnusable("no_device", f"{name} cannot be opened: {error}") from error
-    for what, (got, right) in _known_results(np.random.default_rng(1)).items():
-        worst = float(np.abs(got - right).max() / np.abs(right).max())
-        if not worst < TOLERANCE:
-            text = f"{name} computes a wrong {what} (error {worst:.2g}): do not use it; check driver and hardware"
-            raise DeviceUnusable("self_test_failed", text)
-    return time.monotonic() - began
-
-
-def _known_results(random: np.random.Generator) -> dict[str, tuple[Array, Array]]:
-    """What the device computes and what numpy does: a plain product, and a layer by the engine's own kernels."""
-    import numpy as np
-    from tinygrad import Tensor
-    from tinygrad.uop.ops import UOp
-
-    from engine import kernels
-
-    heads, groups, width = 4, 2, 16
-    size, rows = heads * width, 4
-    x, a, qkv, out = (
-        random.standard_normal(shape).astype(np.float32) / 4
-        for shape in ((rows, size), (size, size), ((heads + 2 * groups) * width, size), (size, size))
-    )
-    gate_up = random.standard_normal((2 * size, size)).astype(np.float32) / 4
-    product = (Tensor(x) @ Tensor(a)).numpy()
-    tensor, positions = Tensor(x), np.arange(rows)
-    turn = positions[:, None] / 100.0 ** (np.arange(width // 2) / width)[None, :]
-    angles = Tensor(np.stack([np.cos(turn), np.sin(turn)]).astype(np.float32))
-    where = Tensor(positions.astype(np.int32))
-    slots = Tensor(np.zeros(rows, dtype=np.int32))
-    ones = Tensor(np.ones(size, dtype=np.float32))
-    mixed_in = kernels.matmul(kernels.normed(tensor, ones, 1e-5), Tensor(qkv).half())
-    cache = Tensor.zeros(2, 1, groups, 32, width).half().contiguous().realize()
-    cache = kernels.write_cache(cache, mixed_in, angles, slots, where, heads)
-    queries = kernels.rotate_queries(mixed_in, angles, heads, width, width**-0.5)
-    length = UOp.variable("length", 1, 32).bind(rows)
-    mixed = kernels.attention(queries, cache, slots, where, length).realize()
-    attended = kernels.matmul(mixed, Tensor(out).half(), residual=tensor)
-    inner = kernels.matmul(kernels.normed(attended, ones, 1e-5), Tensor(gate_up).half())
-    layer = kernels.gated(inner).numpy()
-    right_mixed = _attention(x, qkv, turn, heads, groups)
-    gate, up = np.split(_normed(x + right_mixed @ out.T) @ gate_up.T, 2, axis=1)
-    return {
-        "matmul": (product, x @ a),
-        "attention": (mixed.numpy(), right_mixed),
-        "layer": (layer, gate / (1 + np.exp(-gate)) * up),
-    }
-
-
-def _normed(x: Array) -> Array:
-    result: Array = x / ((x * x).mean(-1, keepdims=True) + 1e-5) ** 0.5
-    return result
-
-
-def _attention(x: Array, qkv: Array, turn: Array, heads: int, groups: int) -> Array:
-    """Of all rows to those before them, by numpy."""
-    import numpy as np
-
-    rows, width = len(x), turn.shape[1] * 2
-
-    q, k, v = np.split((_normed(x) @ qkv.T).reshape(rows, -1, width), [heads, heads + groups], axis=1)
-    cos, sin = np.cos(turn)[:, None], np.sin(turn)[:, None]
-    q, k = (
-        np.stack([t[..., 0::2] * cos - t[..., 1::2] * sin, t[..., 1::2] * cos + t[..., 0::2] * sin], -1)
-        for t in (q, k)
-    )
-    q, k = (t.reshape(rows, -1, width) for t in (q, k))
-    k, v = (np.repeat(t, heads // groups, axis=1) for t in (k, v))
-    scores = np.einsum("qhd,khd->hqk", q, k) / width**0.5 + np.triu(np.full((rows, rows), -np.inf), 1)
-    shares = np.exp(scores - scores.max(-1, keepdims=True))
-    shares /= shares.sum(-1, keepdims=True)
-    result: Array = np.einsum("hqk,khd->qhd", shares, v).reshape(rows, -1)
-    return result

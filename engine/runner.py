@@ -40,6 +40,7 @@ from engine.protocol import (
     Unloaded,
     encode,
 )
+from engine.self_test import open_devices, self_test
 
 if TYPE_CHECKING:
     from engine.loading import LoadedModel
@@ -294,11 +295,12 @@ def serve(sock: socket.socket, configure: Configure, frames: Frames, waiting: li
         name = device.parse(configure.device)
         facts = device.examine(name)
         device.choose(name, configure.cache_dir)
-        self_test_s = device.self_test(name)
+        facts = open_devices(name) or facts
+        self_test_s = self_test(name)
     except DeviceUnusable as error:
         refuse(sock, error.code, str(error))
     threading.Thread(target=count_tokens, args=(reader.counts, outbox), name="counter", daemon=True).start()
-    limit = configure.memory_limit_bytes or facts.memory_bytes
+    limit = configure.memory_limit_bytes * len(name.devices) or facts.memory_bytes
     engine = Engine(configure, name, limit, outbox)
     engine.inbox = inbox
     outbox.send(

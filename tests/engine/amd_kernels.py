@@ -1,7 +1,8 @@
-"""A script, DEV=CPU:LLVM: compiles a step's kernels for an AMD architecture, with no card; prints their names.
+"""A script, DEV=CPU:LLVM: compiles a step's kernels for a GPU's architecture, with no card; prints their names.
 
 The kernels are built as for a GPU (no CPU loop shapes), run on the CPU, and each is also rendered and compiled by
-tinygrad's AMD LLVM renderer through the engine's llvmlite shim.
+tinygrad's renderer for the target: "AMD:LLVM:gfx1100" through the engine's llvmlite shim, "NV:PTX:sm_90" through
+NVIDIA's libnvJitLink, "NV:CUDA:sm_90" through its libnvrtc.
 """
 
 from __future__ import annotations
@@ -13,22 +14,26 @@ import numpy as np
 import tinygrad.engine.realize as realize
 from tinygrad import Tensor, dtypes
 from tinygrad.helpers import Target
+from tinygrad.renderer.cstyle import CUDARenderer
 from tinygrad.renderer.llvmir import AMDLLVMRenderer
+from tinygrad.renderer.ptx import PTXRenderer
 from tinygrad.uop.ops import UOp
 
 from engine import experts, kernels, llvm
 from engine.matrices import LANES, LAYOUTS, Layout, Matrix, PackedForm, Part
 
+RENDERERS: dict[str, Any] = {"LLVM": AMDLLVMRenderer, "PTX": PTXRenderer, "CUDA": CUDARenderer}
 ROWS, HEADS, GROUPS, WIDTH, SLOTS, LENGTH = 4, 4, 2, 64, 2, 64
 
 
-def main(architecture: str) -> None:
+def main(target: str) -> None:
     llvm.install()
-    amd = AMDLLVMRenderer(Target("AMD", "LLVM", architecture))
+    device, compiler, architecture = target.split(":")
+    gpu = RENDERERS[compiler](Target(device, compiler, architecture))
     compile_kernel = realize.to_program
 
     def compile_for_both(ast: Any, renderer: Any) -> Any:
-        program = compile_kernel(ast, amd)
+        program = compile_kernel(ast, gpu)
         assert bytes(program.src[-1].arg)[:4] == b"\x7fELF"
         print(ast.arg.name)
         return compile_kernel(ast, renderer)

@@ -19,6 +19,7 @@ from engine import device, gguf, kernels, llvm, programs
 from engine.errors import DeviceUnusable
 from engine.matrices import LAYOUTS, Matrix, device_bytes
 from engine.recording import recording
+from engine.self_test import self_test
 from engine.weights import Piece, Weights, upload
 from tests.engine import small_gguf
 
@@ -174,7 +175,7 @@ def stored(_: Path) -> None:
 def wrong(_: Path) -> None:
     """A device that computes one thing wrongly, whichever, is refused and says what."""
     name = device.parse("CPU:LLVM")
-    assert device.self_test(name) > 0
+    assert self_test(name) > 0
     right = {
         part: getattr(kernels, part) for part in ("gated", "attention", "rotate_queries", "inverse_norm")
     }
@@ -183,7 +184,7 @@ def wrong(_: Path) -> None:
             kernels, part, lambda *args, kernel=kernel, **named: kernel(*args, **named).contiguous() * 1.1
         )
         with pytest.raises(DeviceUnusable, match=r"computes a wrong (attention|layer)") as caught:
-            device.self_test(name)
+            self_test(name)
         assert caught.value.code == "self_test_failed"
         setattr(kernels, part, kernel)
 

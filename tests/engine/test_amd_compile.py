@@ -1,4 +1,8 @@
-"""Every kernel compiles for the AMD architectures through llvmlite, with neither a card nor a system LLVM."""
+"""Every kernel compiles for the GPUs' architectures with neither a card nor a system's LLVM.
+
+For AMD through llvmlite. For NVIDIA where its own libraries are: `pip install nvidia-nvjitlink nvidia-cuda-nvrtc
+nvidia-cuda-runtime`, and NVJITLINK_PATH, NVRTC_PATH and CUDA_PATH naming the first two files and the folder of `include`.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +14,28 @@ import pytest
 
 from tests.engine.harness import REPOSITORY
 
+_NEEDS = {"PTX": ("NVJITLINK_PATH",), "CUDA": ("NVRTC_PATH", "CUDA_PATH")}
+
 
 @pytest.mark.process
-@pytest.mark.parametrize("architecture", ["gfx1100", "gfx1201", "gfx942", "gfx950"])
-def test_kernels_compile(architecture: str) -> None:
+@pytest.mark.parametrize(
+    "target",
+    [
+        "AMD:LLVM:gfx1100",
+        "AMD:LLVM:gfx1201",
+        "AMD:LLVM:gfx942",
+        "AMD:LLVM:gfx950",
+        "NV:PTX:sm_80",
+        "NV:PTX:sm_90",
+        "NV:CUDA:sm_90",
+    ],
+)
+def test_kernels_compile(target: str) -> None:
+    missing = [name for name in _NEEDS.get(target.split(":")[1], ()) if name not in os.environ]
+    if missing:
+        pytest.skip(f"{' and '.join(missing)} not set: NVIDIA's compiler is not here")
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.amd_kernels", architecture],
+        [sys.executable, "-m", "tests.engine.amd_kernels", target],
         cwd=REPOSITORY,
         env=os.environ | {"DEV": "CPU:LLVM", "CACHELEVEL": "0"},
         capture_output=True,

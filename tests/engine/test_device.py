@@ -21,7 +21,12 @@ from tests.engine.harness import EngineProcess
         ("AMD", "KFD+AMD:LLVM"),
         ("KFD:0+AMD:LLVM", "KFD:0+AMD:LLVM"),
         ("PCI+AMD", "PCI+AMD:LLVM"),
-        ("CUDA", "CUDA"),
+        ("CUDA", "CUDA:PTX"),
+        ("CUDA:1:CUDA", "CUDA:1:CUDA"),
+        ("NV", "NVK+NV:PTX"),
+        ("CL:1", "CL:1"),
+        ("CPU:0,1", "CPU:0,1:LLVM"),
+        ("KFD:0,2+AMD", "KFD:0,2+AMD:LLVM"),
         ("MOCKKFD+AMD:LLVM:gfx1201", "MOCKKFD+AMD:LLVM:gfx1201"),
     ],
 )
@@ -29,7 +34,32 @@ def test_what_is_not_named_is_not_guessed(given: str, meant: str) -> None:
     assert str(device.parse(given)) == meant
 
 
-@pytest.mark.parametrize("wrong", ["", "GPU", "A+B+AMD", "PYTHON", "KFD:0,2+AMD"])
+@pytest.mark.parametrize(
+    ("given", "environment", "devices"),
+    [
+        ("CPU", "CPU:LLVM", ("CPU",)),
+        ("CPU:0,1", "CPU:LLVM", ("CPU", "CPU:1")),
+        ("CL:1", "CL;CPU:LLVM", ("CL:1",)),
+        ("AMD", "KFD+AMD:LLVM;CPU:LLVM", ("AMD",)),
+        ("KFD:2+AMD", "KFD:2+AMD:LLVM;CPU:LLVM", ("AMD",)),  # the only one that the interface shows
+        ("KFD:0,2+AMD", "KFD:0,2+AMD:LLVM;CPU:LLVM", ("AMD", "AMD:1")),
+    ],
+)
+def test_what_tinygrad_is_told(given: str, environment: str, devices: tuple[str, ...]) -> None:
+    name = device.parse(given)
+    assert (name.environment, name.devices) == (environment, devices)
+
+
+def test_several_devices_as_one() -> None:
+    card = device.DeviceFacts("Radeon", "gfx1100", 16)
+    assert device.joined([card, card]) == device.DeviceFacts("2 x Radeon", "gfx1100", 32)
+    other = device.DeviceFacts("Instinct", "gfx942", 64)
+    assert device.joined([card, other]) == device.DeviceFacts("Radeon + Instinct", "gfx1100 + gfx942", 32)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "GPU", "A+B+AMD", "PYTHON", "KFD:0,0+AMD", "KFD:0-2+AMD", "CPU:0,", "KFD+CPU"]
+)
 def test_unknown_devices(wrong: str) -> None:
     with pytest.raises(DeviceUnusable):
         device.parse(wrong)
@@ -56,6 +86,8 @@ def test_an_unsupported_card_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     assert caught.value.code == "unsupported_gpu"
     assert "navi21 is gfx1030" in str(caught.value)
     assert device.examine(device.parse("KFD:1+AMD")).architecture == "gfx1100"
+    with pytest.raises(DeviceUnusable, match="navi21 is gfx1030"):
+        device.examine(device.parse("KFD:1,0+AMD"))
     with pytest.raises(DeviceUnusable) as caught:
         device.examine(device.parse("KFD:2+AMD"))
     assert caught.value.code == "no_device"
