@@ -11,6 +11,7 @@ from api.decode import BodyDecoder
 from api.http import Call, Param, Reply, Route, query_choice
 from api.stale import STALE, STALE_HEADER
 from peer.state import command, metric, plan
+from peer.state.voter import Room
 
 _encode = msgspec.json.Encoder().encode
 _decode_rebalance = BodyDecoder(schemas.Rebalance)
@@ -44,7 +45,18 @@ async def status(call: Call) -> Reply:
                 for each in found.voters
             ),
             outlook=found.outlook,
+            store=_room(found.room) if found.room.quota_bytes else None,
         ),
+    )
+
+
+def _room(room: Room) -> schemas.StoreRoom:
+    return schemas.StoreRoom(
+        level=room.level,
+        used_percent=round(100.0 * room.used_bytes / room.quota_bytes, 1),
+        used_bytes=room.used_bytes,
+        file_bytes=room.file_bytes,
+        quota_bytes=room.quota_bytes,
     )
 
 

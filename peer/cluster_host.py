@@ -203,6 +203,7 @@ def voting_of(
         token=belonging.cluster,
         heartbeat_ms=heartbeat_ms,
         election_ms=10 * heartbeat_ms,
+        quota_bytes=config.store.quota_bytes,
     )
     if belonging.founder:
         with suppress(Conflict):  # it was, and the host died before it was noted

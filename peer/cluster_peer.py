@@ -16,7 +16,7 @@ from peer import health, limits
 from peer.decide import elect, members
 from peer.decide.quota import Quota
 from peer.decide.voters import Bounds
-from peer.election import Election, Leadership
+from peer.election import Candidacy, Election, Leadership
 from peer.errors import BitinglipError, Conflict, Unavailable
 from peer.establish import load_snapshot
 from peer.executor import Executor
@@ -47,6 +47,7 @@ from peer.state.member import Load, Member
 from peer.state.model import Model
 from peer.state.order import Order, Report
 from peer.state.snapshot import Policy, Snapshot
+from peer.store_space import SpaceKeeper
 from peer.streams import StreamHub
 from peer.transfer import let_go_politely
 from peer.version import VERSION
@@ -95,7 +96,7 @@ class ClusterPeer:
         authority: Authority | None = None,
     ) -> None:
         self._identity = identity
-        self._store: Store | None = None
+        self.store: Store | None = None  # by way of this host's own member, while it has one
         self._voting = voting
         self._network = network
         self._clock = clock
@@ -119,7 +120,7 @@ class ClusterPeer:
         )
         self.election: Election | None = None
         self._nursery: trio.Nursery | None = None
-        self._candidacy: _Candidacy | None = None
+        self._candidacy: Candidacy | None = None
         self._stopping = False
         self._load: Load | None = None  # as it was told
         self._announced = 0  # the epoch, likewise
@@ -158,6 +159,7 @@ class ClusterPeer:
             if self._voting is not None:
                 nursery.start_soon(self._voting.run, self.begin_voting, self.end_voting)
                 nursery.start_soon(self.follower.watch_store, self._voting)
+                nursery.start_soon(SpaceKeeper(self._voting, self, self._clock, self.cluster.tell_full).run)
             task_status.started()
 
     async def stop(self, drain_s: float = limits.DRAIN_S_MAX) -> bool:
@@ -200,7 +202,7 @@ class ClusterPeer:
         if self._stopping:
             return
         identity = self._identity
-        self._store = store
+        self.store = store
         self.election = Election(
             identity.peer_id,
             identity.link,
@@ -210,7 +212,7 @@ class ClusterPeer:
             lead=self._lead,
             seen=self._seen_leader,
         )
-        self._candidacy = _Candidacy(self.election)
+        self._candidacy = Candidacy(self.election)
         if self._nursery is not None:
             self._announce(epoch=0)
             self._nursery.start_soon(self._stand, self._candidacy)
@@ -222,14 +224,14 @@ class ClusterPeer:
             candidacy.scope.cancel()
             await candidacy.over.wait()
 
-    async def _stand(self, candidacy: _Candidacy) -> None:
+    async def _stand(self, candidacy: Candidacy) -> None:
         try:
             with candidacy.scope:
                 await candidacy.election.run()
         finally:
             candidacy.over.set()
             if candidacy.scope.cancel_called:
-                self._store, self.election, self._candidacy = None, None, None
+                self.store, self.election, self._candidacy = None, None, None
                 self._holder, self._holder_address = "", ""
                 self._announce(epoch=0)
 
@@ -259,7 +261,7 @@ class ClusterPeer:
                 epoch=epoch,
                 api=identity.api,
                 link=identity.link,
-                voter=self._store is not None,
+                voter=self.store is not None,
                 wire=identity.wire_versions[0],
                 version=VERSION,
                 load=self._load.text() if self._load is not None else "",
@@ -338,7 +340,7 @@ class ClusterPeer:
 
     async def _lead(self, leadership: Leadership) -> None:
         """Load what the store holds and lead until cancelled. Raises BitinglipError when that ends it."""
-        identity, store = self._identity, self._store
+        identity, store = self._identity, self.store
         assert store is not None
         followers = Followers(identity.peer_id, leadership.epoch, self, self._linked)
         self._followers = followers
@@ -427,7 +429,9 @@ class ClusterPeer:
     async def _knock_at_absent(self, leader: Leader, snapshot: Snapshot, followers: Followers) -> None:
         """A new leader has had no session yet that could end. Peers that live come by themselves."""
         await self._clock.sleep(limits.RELINK_S)
-        async with trio.open_nursery() as nursery:  # at once: those that are gone without a word take a while each
+        async with (
+            trio.open_nursery() as nursery
+        ):  # at once: those that are gone without a word take a while each
             for peer_id in snapshot.peers:
                 if peer_id != self._identity.peer_id and peer_id not in followers.linked:
                     nursery.start_soon(self._knock, peer_id, leader)
@@ -478,15 +482,6 @@ class ClusterPeer:
             address = self._holder_address or address
         known = leader if leader not in (caller, self._identity.peer_id) else ""
         await _refuse(connection, "this peer does not lead", known, (known and address) or "")
-
-
-class _Candidacy:
-    """An election as a task."""
-
-    def __init__(self, election: Election) -> None:
-        self.election = election
-        self.scope = trio.CancelScope()
-        self.over = trio.Event()
 
 
 async def _refuse(connection: Connection, reason: str, leader: str = "", address: str = "") -> None:

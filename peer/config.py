@@ -54,6 +54,7 @@ class Store(Section, frozen=True):
     advertise: str = ""
     member: str = ""
     heartbeat_s: float = 0.1  # about the longest round trip between voters; an election takes ten
+    quota_bytes: int = 4 * 1024**3  # of a member's file; no new tasks from 85 % of it on
 
 
 class Tls(Section, frozen=True):
@@ -115,7 +116,7 @@ class Retention(Section, frozen=True):
 
     age_s: float = 30 * 86_400.0
     count: int = 100_000
-    total_bytes: int = 1024**3  # of prompts and results; a cluster's store has room for 4 GiB in all
+    total_bytes: int = 1024**3  # of prompts and results; in a cluster at most half of store.quota_bytes
     events: int = limits.EVENTS_KEPT_MAX
 
 
@@ -158,6 +159,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "cluster.lost_share_max": (0, 1),
     "gossip.retry_s": (1, 600),
     "store.heartbeat_s": (0.01, 5),
+    "store.quota_bytes": (64 * 1024**2, 16 * 1024**3),
     "api.body_bytes_max": (1_024, 1024**3),
     "engine.slots": (1, 256),
     "engine.memory_limit_bytes": (0, 1024**5),

@@ -12,7 +12,7 @@ import msgspec
 import structlog
 import trio
 
-from peer.decide import admit, keys, lose, meter, place, rebalance, record, recover, replan, retain
+from peer.decide import admit, keys, lose, meter, place, rebalance, record, recover, replan, retain, space
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
 from peer.errors import BitinglipError
@@ -140,6 +140,7 @@ class Deciding:
         work.take(rebalance.advance(snapshot, now))
         work.take(recover.announce(snapshot, now))
         work.take(retain.forget_plans(snapshot))
+        work.take(space.announce(snapshot))
         work.take(self._registrar.tick(now))
         if int(now) != self._sampled_at:
             self._sampled_at = int(now)

@@ -269,3 +269,12 @@ class Election:
         leadership.end(why)
         if self._scope is not None:
             self._scope.cancel()
+
+
+class Candidacy:
+    """An election as a task."""
+
+    def __init__(self, election: Election) -> None:
+        self.election = election
+        self.scope = trio.CancelScope()
+        self.over = trio.Event()

@@ -34,6 +34,7 @@ from peer.state.quota import Counted
 from peer.state.record import bytes_of, decode, ended_at, idempotency_key, prefix_end
 from peer.state.snapshot import Linked, Policy, Rumoured, Snapshot, StoreWrites
 from peer.state.task import Idempotency, Task
+from peer.state.voter import Room
 from peer.streams import StreamHub
 from peer.transfer import nobody_else, transfer
 
@@ -114,6 +115,14 @@ class Leader:
         self._snapshot.policy = policy
         self._snapshot.catalogue = catalogue
         self.on_shared()
+
+    @property
+    def epoch(self) -> int:
+        return self._snapshot.epoch
+
+    def room(self, room: Room) -> None:
+        """How full the store is; decisions follow it from the next batch on."""
+        self._snapshot.room = room
 
     def refuse_new(self, why: str) -> None:
         """From now on new tasks get 503 and queued ones stay queued; everything else goes on."""

@@ -21,7 +21,7 @@ from peer.state.member import KeyReport, KeyRotation, KeyStep, Member
 from peer.state.model import Model
 from peer.state.order import Order, Report
 from peer.state.quota import Client, Spend, Verdict
-from peer.state.voter import Seat, StoreMember
+from peer.state.voter import Seat, Space, StoreMember
 
 # ------------------------------------------------------------------------------------------------ store
 
@@ -168,6 +168,22 @@ class StoreMembers(Protocol):
         """Its data is of no use any more, also to a new member on that host."""
 
 
+class StoreUpkeep(Protocol):
+    """The room in this host's own member of the store. All raise Unavailable, the last three Ambiguous."""
+
+    async def look(self) -> Space | None:
+        """How much there is, and who has reached the quota; None of a learner, which does nothing that it is asked."""
+
+    async def compact(self, revision: int) -> None:
+        """Have all members forget the history up to this revision; returns when the space is free. May be repeated."""
+
+    async def defragment(self) -> None:
+        """Give free space back. This member answers nothing meanwhile, which takes as long as to copy its data."""
+
+    async def disarm(self, member_id: int) -> None:
+        """Take that member's alarm back: it has room. May be repeated."""
+
+
 class Voting(Protocol):
     """A host's own member of the store, which comes and goes as the leader says."""
 
@@ -186,6 +202,10 @@ class Voting(Protocol):
     @property
     def members(self) -> StoreMembers | None:
         """While this host has a member; None also where others manage the store."""
+
+    @property
+    def upkeep(self) -> StoreUpkeep | None:
+        """Likewise, once its member answers."""
 
     def join(self, seat: Seat) -> None:
         """Run this member from now on, with an empty data folder; does not wait. The seat it has already is ignored."""

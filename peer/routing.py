@@ -74,15 +74,20 @@ class RoutedCluster:
         self._membership = membership
         self._remembered = Remembered()
         self.windows = RateLimiter()  # of what came to this peer, and of all while it leads
+        self._full = ""
         self.not_ready = ""
         """Why requests are not to come here, "" if they are."""
+
+    def tell_full(self, why: str) -> None:
+        """Why this host's store takes no writes, so that nobody can lead; "" if it does."""
+        self._full = why
 
     def ready(self) -> str:
         if self.not_ready:
             return self.not_ready
         if self._leading.leader is not None or self._follower.leader:
             return ""
-        return "no leader is known to this peer at the moment"
+        return self._full or "no leader is known to this peer at the moment"
 
     def key(self, key_id: str) -> ApiKey | None:
         leader = self._leading.leader
@@ -161,7 +166,7 @@ class RoutedCluster:
                     raise
                 give_up_at = min(give_up_at, trio.current_time() + limits.HOLD_S_MAX)
                 if trio.current_time() >= give_up_at:
-                    raise _no_leader() from None
+                    raise _no_leader(self._full) from None
             with trio.move_on_after(_PAUSE_S):
                 await self._follower.wait_for_change()
 
@@ -229,10 +234,10 @@ def _is_repeatable(request: Request) -> bool:
     return isinstance(request, Query | KeepTicket | Enrol | Renew | RevokeHost | TransferLeadership)
 
 
-def _no_leader() -> Unavailable:
+def _no_leader(store_full: str) -> Unavailable:
+    why = store_full or "it, or every peer, is cut off from the majority of the voters"
     return Unavailable(
-        f"this peer has found no leader for {limits.HOLD_S_MAX:g} s: it, or every peer, is cut off from the"
-        " majority of the voters",
+        f"this peer has found no leader for {limits.HOLD_S_MAX:g} s: {why}",
         code="no_leader",
         retry_after_s=5.0,
     )

@@ -63,6 +63,8 @@ _RETRY_S: Final = 1.0
 _CHANGE_S_MAX: Final = 10.0  # of a change of the membership, which the whole cluster agrees on
 _DEFRAGMENT_S_MAX: Final = 120.0
 
+NO_SPACE: Final = "NOSPACE"  # a member's alarm: its file has reached the quota
+
 T = TypeVar("T")
 
 
@@ -302,6 +304,15 @@ class EtcdClient:
         )
         return done.members
 
+    async def update(self, member_id: int, peer_urls: Sequence[str]) -> tuple[Member, ...]:
+        """It is to be reached there from now on. Raises Conflict for a URL of another member, NotFound, Unavailable,
+        Ambiguous: may be repeated."""
+        request = {"ID": str(member_id), "peerURLs": list(peer_urls)}
+        done = await self.call(
+            "cluster/member/update", request, _MEMBERS, writes=True, timeout_s=_CHANGE_S_MAX
+        )
+        return done.members
+
     async def remove(self, member_id: int) -> tuple[Member, ...]:
         """Raises Conflict or Unavailable where quorum would go, NotFound, Ambiguous."""
         request = {"ID": str(member_id)}
@@ -326,7 +337,7 @@ class EtcdClient:
         found = await self.call("maintenance/alarm", {"action": "GET"}, _ALARMS, writes=False)
         return tuple((each.member_id, each.alarm) for each in found.alarms)
 
-    async def disarm(self, member_id: int, alarm: str = "NOSPACE") -> None:
+    async def disarm(self, member_id: int, alarm: str = NO_SPACE) -> None:
         """Let it write again: after space was made."""
         request = {"action": "DEACTIVATE", "memberID": str(member_id), "alarm": alarm}
         await self.call("maintenance/alarm", request, _ANY, writes=True, timeout_s=_CHANGE_S_MAX)

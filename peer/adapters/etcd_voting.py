@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -19,15 +19,15 @@ import trio
 
 from peer import limits
 from peer.adapters.certificates import revocation_list
-from peer.adapters.etcd_client import EtcdClient, Member
-from peer.adapters.etcd_member import Certificates, EtcdMember, MemberConfig
+from peer.adapters.etcd_client import NO_SPACE, EtcdClient, Member
+from peer.adapters.etcd_member import QUOTA_BYTES, Certificates, EtcdMember, MemberConfig
 from peer.adapters.etcd_store import EtcdStore
-from peer.errors import BitinglipError, ConfigError, Conflict, StoreBroken, Unavailable
+from peer.errors import BitinglipError, Compacted, ConfigError, Conflict, NotFound, StoreBroken, Unavailable
 from peer.identity import make_folder, write_private
-from peer.ports import Store, StoreMembers
+from peer.ports import Store, StoreMembers, StoreUpkeep
 from peer.state.base import Record
 from peer.state.enrol import CERTIFICATE_S
-from peer.state.voter import Seat, StoreMember
+from peer.state.voter import Seat, Space, StoreMember
 
 log = structlog.get_logger("voting")
 
@@ -83,6 +83,44 @@ def _member(member: Member) -> StoreMember:
     )
 
 
+class EtcdUpkeep:
+    """Implements peer.ports.StoreUpkeep."""
+
+    def __init__(self, client: EtcdClient, quota_bytes: int) -> None:
+        self._client = client
+        self._quota_bytes = quota_bytes
+
+    async def look(self) -> Space | None:
+        status = await self._client.status()
+        if status.is_learner:
+            return None
+        members = sorted((each.member_id, each.is_learner) for each in await self._client.members())
+        alarms: tuple[tuple[int, str], ...] = ()
+        if any(NO_SPACE in error for error in status.errors):  # the list costs an entry of the log
+            alarms = await self._client.alarms()
+        return Space(
+            member_id=status.header.member_id,
+            file_bytes=status.db_bytes,
+            used_bytes=status.db_bytes_in_use,
+            quota_bytes=self._quota_bytes,
+            revision=status.header.revision,
+            store_leader=status.leader,
+            voters=tuple(member_id for member_id, learner in members if not learner),
+            learners=tuple(member_id for member_id, learner in members if learner),
+            alarmed=tuple(sorted(member_id for member_id, alarm in alarms if alarm == NO_SPACE)),
+        )
+
+    async def compact(self, revision: int) -> None:
+        with suppress(Compacted):  # by another member, or by the one that leads the store
+            await self._client.compact(revision, physical=True)
+
+    async def defragment(self) -> None:
+        await self._client.defragment()
+
+    async def disarm(self, member_id: int) -> None:
+        await self._client.disarm(member_id)
+
+
 class EtcdVoting:
     """Implements peer.ports.Voting. `folder` is the member's own.
 
@@ -103,6 +141,7 @@ class EtcdVoting:
         token: str = "bitinglip",
         heartbeat_ms: int = 100,
         election_ms: int = 1_000,
+        quota_bytes: int = QUOTA_BYTES,
         program: str = "etcd",
         backoff_s: Sequence[float] = limits.RESTART_BACKOFF_S,
     ) -> None:
@@ -118,12 +157,14 @@ class EtcdVoting:
         self._token = token
         self._heartbeat_ms = heartbeat_ms
         self._election_ms = election_ms
+        self._quota_bytes = quota_bytes
         self._program = program
         self._backoff_s = backoff_s
         self._kept = self._read()  # as on the disk
         self._wanted = self._kept
         self._changed = trio.Event()
         self._members: EtcdMembers | None = None
+        self._upkeep: EtcdUpkeep | None = None
         self._problem = ""
         self.member: EtcdMember | None = None
         """While this host has one."""
@@ -145,6 +186,10 @@ class EtcdVoting:
     @property
     def members(self) -> StoreMembers | None:
         return self._members
+
+    @property
+    def upkeep(self) -> StoreUpkeep | None:
+        return self._upkeep
 
     def join(self, seat: Seat) -> None:
         if seat.member_id != self.seat:
@@ -213,11 +258,13 @@ class EtcdVoting:
                     await self._learn_id(client, kept, member)
                 store = EtcdStore(member.address)
                 self._members = EtcdMembers(client, self._scheme)
+                self._upkeep = EtcdUpkeep(client, self._quota_bytes)
                 begin(store)
                 nursery.start_soon(self._watch, member, client)
+                nursery.start_soon(self._move, client)
                 await self._changed.wait()
             finally:
-                self.member, self._members = None, None
+                self.member, self._members, self._upkeep = None, None, None
                 with trio.CancelScope(shield=True):
                     if store is not None:
                         await end()  # bounded: see Election
@@ -254,6 +301,34 @@ class EtcdVoting:
                 answered_at, self._problem = trio.current_time(), ""
             await trio.sleep(_LOOK_S)
 
+    async def _move(self, client: EtcdClient) -> None:
+        """Tell the store where this host's member is now, if that is elsewhere than before."""
+        url = f"{self._scheme}{self._address}"
+        while self._kept is not None and self._address and self._kept.url != url:
+            kept = self._kept
+            try:
+                await client.update(kept.member_id, [url])
+            except (Conflict, NotFound) as error:  # it is removed, or the address is another's
+                log.warning("store_member_not_moved", url=url, why=error.message)
+                return
+            except BitinglipError as error:
+                log.info("store_member_not_moved_yet", url=url, why=error.message)
+                await trio.sleep(_LOOK_S)
+            else:
+                log.info("store_member_moved", before=kept.url, now=url)
+                self._note_move(kept, url)
+                return
+
+    def _note_move(self, kept: _Kept, url: str) -> None:
+        moved = msgspec.structs.replace(kept, url=url, members={**kept.members, self._peer_id: url})
+        unchanged = self._wanted == kept
+        try:
+            self._write(moved)
+        except OSError as error:  # the next life says it again
+            log.warning("store_member_move_not_noted", why=str(error))
+        else:
+            self._wanted = moved if unchanged else self._wanted
+
     async def _learn_id(self, client: EtcdClient, kept: _Kept, member: EtcdMember) -> None:
         """Of a new cluster's first member, once it answers."""
         waited = 0
@@ -283,6 +358,7 @@ class EtcdVoting:
             certificates=self._certificates,
             heartbeat_ms=self._heartbeat_ms,
             election_ms=self._election_ms,
+            quota_bytes=self._quota_bytes,
             program=self._program,
         )
 
@@ -343,6 +419,7 @@ class ExternalVoting:
     seat = 0
     problem = ""
     members: StoreMembers | None = None
+    upkeep: StoreUpkeep | None = None
 
     def __init__(self, client_address: str) -> None:
         self._client_address = client_address

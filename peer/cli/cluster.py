@@ -44,6 +44,7 @@ def status(client: Client, as_json: bool) -> None:
         ("uptime", found["uptime"]),
         *([("leader", f"{found['leader']}, epoch {found['epoch']}")] if found.get("leader") else []),
         *([("voters", _voters(found["voters"]))] if found.get("voters") else []),
+        *([("store", f"{found['store']['used_percent']}% used")] if found.get("store") else []),
         ("peer", client.target.url),
         ("outlook", found.get("outlook")),
     ]

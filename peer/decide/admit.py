@@ -15,6 +15,7 @@ from peer.state.snapshot import Save, Snapshot
 from peer.state.task import Happening, Idempotency, Status, Task, TaskInput, step
 
 _RETRY_AFTER_S = 5.0
+_ROOM_AFTER_S = 30.0
 
 
 def nearest(name: str, names: list[str]) -> list[str]:
@@ -51,7 +52,7 @@ def first_of(snapshot: Snapshot, command: SubmitTask, stored: Idempotency | None
 def submit(
     snapshot: Snapshot, now: float, command: SubmitTask, task_id: str, parameters_bytes: int
 ) -> Decision:
-    """A new task, or Overloaded. `first_of` was asked before."""
+    """A new task, or Overloaded; with code `store_full` while the store has no room. `first_of` was asked before."""
     if command.model_name not in snapshot.catalogue:
         raise unknown_model(snapshot, command.model_name)
     policy = snapshot.policy
@@ -62,6 +63,8 @@ def submit(
         )
     if snapshot.inputs_bytes + parameters_bytes > policy.queue_bytes_max:
         raise Overloaded(
+    if snapshot.room.level in ("critical", "full"):
+        raise Overloaded(snapshot.room.message, code="store_full", retry_after_s=_ROOM_AFTER_S)
             f"the queued prompts fill their {policy.queue_bytes_max} bytes; try again later",
             retry_after_s=_RETRY_AFTER_S,
         )

@@ -10,6 +10,8 @@ from peer.state.event import Event
 from peer.state.snapshot import Drop, Snapshot
 from peer.state.task import Task
 
+QUOTA_PART = 2  # the rest is for live tasks, the history and the indexes
+
 _PLANS_KEPT = 50
 
 
@@ -18,10 +20,13 @@ def due(
 ) -> list[str]:
     """Which of the oldest finished tasks, each with its end and in that order, are too old, too many or too large.
 
-    `nbytes`: what is kept of each.
+    `nbytes`: what is kept of each. All together never are more than a part of the store's quota.
     """
     surplus = snapshot.finished - snapshot.policy.retention_count
-    excess = snapshot.finished_bytes - snapshot.policy.retention_bytes
+    bytes_max = snapshot.policy.retention_bytes
+    if snapshot.room.quota_bytes:
+        bytes_max = min(bytes_max, snapshot.room.quota_bytes // QUOTA_PART)
+    excess = snapshot.finished_bytes - bytes_max
     horizon = now - snapshot.policy.retention_age_s
     found = []
     for i, (ended_at, task_id) in enumerate(oldest):

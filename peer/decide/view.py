@@ -221,11 +221,11 @@ def cluster(snapshot: Snapshot, now: float) -> ClusterStatus:
         for worker_id, state in states.items()
         if worker_id not in up
     )
-    if not up:
-        overall = "down"
-        reasons = reasons or ("no worker has registered yet",)
-    else:
-        overall = "degraded" if reasons else "operational"
+    if not states:
+        reasons = ("no worker has registered yet",)
+    if snapshot.room.message:
+        reasons += (snapshot.room.message,)
+    overall = "down" if not up else "degraded" if reasons else "operational"
     return ClusterStatus(
         cluster_id=snapshot.cluster_id,
         status=overall,
@@ -242,4 +242,5 @@ def cluster(snapshot: Snapshot, now: float) -> ClusterStatus:
         reasons=reasons,
         voters=snapshot.voters,
         outlook=snapshot.outlook or _ONE_NODE,
+        room=snapshot.room,
     )

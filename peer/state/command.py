@@ -15,7 +15,7 @@ from peer.state.metric import WorkerMetrics
 from peer.state.model import Assignment, Model, Replica
 from peer.state.quota import Counted
 from peer.state.task import Logprobs, Task, TaskInput, TaskResult
-from peer.state.voter import VoterView
+from peer.state.voter import Room, VoterView
 from peer.state.worker import Worker, WorkerReport
 
 # ---------------------------------------------------------------- commands
@@ -282,7 +282,8 @@ class ModelView(Record, frozen=True):
 
 
 class ClusterStatus(Record, frozen=True):
-    """`status` is operational, degraded (some worker is not well) or down (none is)."""
+    """`status` is operational, degraded (some worker is not well, or the store is short of room) or down (no worker is
+    up)."""
 
     cluster_id: str
     status: str
@@ -299,6 +300,7 @@ class ClusterStatus(Record, frozen=True):
     reasons: tuple[str, ...] = ()
     voters: tuple[VoterView, ...] = ()
     outlook: str = ""  # what the loss of a host would mean right now
+    room: Room = Room()  # in the store
 
 
 # ---------------------------------------------------------------- streams

@@ -19,6 +19,7 @@ EVENT_NAMES = (
     "model_unloaded",
     "model_load_failed",
     "cluster_rebalance_finished",
+    "store_alert",
 )
 
 

@@ -22,7 +22,7 @@ from peer.state.model import Assignment, Draining, LoadProfile, Model, Replica
 from peer.state.plan import Leaving, Plan
 from peer.state.record import encode, idempotency_key, index_keys, index_value, key_of
 from peer.state.task import TERMINAL, Idempotency, Status, Task, TaskInput
-from peer.state.voter import VoterView
+from peer.state.voter import Room, RoomLevel, RoomTold, VoterView
 from peer.state.worker import Worker, WorkerReport
 
 
@@ -161,7 +161,7 @@ class Peopled:
 
 Change = (
     Save | Drop | Heard | Alive | Foresee | Pause | Downtime | Pace | Shown | Told | Linked | Rumoured | Ticked
-    | Silent | Lose | Peopled
+    | Silent | Lose | Peopled | RoomTold
 )  # fmt: skip
 _PACE_WEIGHT = 0.1  # of the newest task in the moving average of run times
 StoreWrites = dict[str, bytes | None]  # key: value, or None to delete
@@ -232,6 +232,8 @@ class Snapshot:
     index: Index = field(default_factory=Index)
     voters: tuple[VoterView, ...] = ()  # as the leader saw them last
     outlook: str = ""  # what a loss would mean; "" where there is one node
+    room: Room = field(default_factory=Room)  # in the store, likewise
+    room_told: RoomLevel = ""
     events_from: int = 1  # oldest kept
     events_next: int = 1
     finished: int = 0
@@ -281,6 +283,8 @@ class Snapshot:
                     self.unlinked[peer_id] = change
             case Peopled():
                 self.peopled = change
+            case RoomTold(level=level):
+                self.room_told = level
             case Rumoured(peer_id=peer_id):
                 self.rumours[peer_id] = change
             case Ticked(at=at, slept=slept):

@@ -1,6 +1,8 @@
-"""The store's members and the peers that could be: who votes."""
+"""The store's members and the peers that could be: who votes; and the room that is left in it."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from peer.state.base import Record
 
@@ -41,3 +43,42 @@ class VoterView(Record, frozen=True):
     peer_id: str
     learner: bool
     linked: bool
+
+
+RoomLevel = Literal["", "warning", "critical", "full"]
+
+
+class Space(Record, frozen=True):
+    """What one voter says of its room. Ids are members'; `store_leader` 0: it knows none.
+
+    `file_bytes` is what counts against the quota: what is stored, its history, and free pages, which a file keeps until
+    it is defragmented. `used_bytes` is that without the free pages. `alarmed`: who has reached the quota; as long as
+    anybody has, no member takes a write.
+    """
+
+    member_id: int
+    file_bytes: int
+    used_bytes: int
+    quota_bytes: int
+    revision: int
+    store_leader: int
+    voters: tuple[int, ...]
+    learners: tuple[int, ...] = ()
+    alarmed: tuple[int, ...] = ()
+
+
+class Room(Record, frozen=True):
+    """For people: how full the store is. `level` is "", warning, critical (no new tasks) or full (no writes at all),
+    `message` why it is not ""."""
+
+    level: RoomLevel = ""
+    used_bytes: int = 0
+    file_bytes: int = 0
+    quota_bytes: int = 0  # 0: it is not known
+    message: str = ""
+
+
+class RoomTold(Record, frozen=True):
+    """Clients were told of this level of the store's room; volatile."""
+
+    level: RoomLevel

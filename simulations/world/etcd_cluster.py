@@ -29,6 +29,7 @@ class Member:
     def __init__(self) -> None:
         self.up = True
         self.frozen = False
+        self.busy = False  # it is defragmented
         self.life = 0  # clients' connections end with it
         self.seen = 0  # the newest revision that it has
         self.fates: deque[str] = deque()  # of the next writes
@@ -61,6 +62,8 @@ class EtcdModel(EtcdData):
         self.keepalive_loss = 0.0
         self.full = False
         self.done_though_full = 0.0  # the chance
+        self.alarmed = False  # `simulations.world.room` says when
+        self.on_put: Callable[[], None] = lambda: None  # likewise: members look at their quota
         self.changed = trio.lowlevel.ParkingLot()
         self.published = trio.lowlevel.ParkingLot()
         self._reachable = reachable
@@ -157,6 +160,11 @@ class EtcdModel(EtcdData):
         self.no_space(False)
         self.quorum_lost(False)
 
+    def member_busy(self, name: str, busy: bool) -> None:
+        """It is defragmented: it answers nothing."""
+        self.members[name].busy = busy
+        self._look_again()
+
     # ------------------------------------------------------------------------------------------ who votes
 
     def set_voters(self, names: Sequence[str]) -> None:
@@ -196,7 +204,7 @@ class EtcdModel(EtcdData):
 
     def _runs(self, name: str) -> bool:
         member = self.members[name]
-        return member.up and not member.frozen
+        return member.up and not member.frozen and not member.busy
 
     def _linked(self, a: str, b: str) -> bool:
         return a == b or (self._reachable(a, b) and self._reachable(b, a))
@@ -290,7 +298,10 @@ class EtcdModel(EtcdData):
     def apply_txn(
         self, compare: Sequence[Compare], then: Sequence[Write], orelse: Sequence[Write], peer_id: str
     ) -> TxnResult:
-        refused = self.full and any(isinstance(write, Put) for write in (*then, *orelse))
+        puts = any(isinstance(write, Put) for write in (*then, *orelse))
+        if puts:
+            self.on_put()
+        refused = puts and (self.full or self.alarmed)
         if refused and not (self.done_though_full and self._rng.random() < self.done_though_full):
             raise self._no_space()
         before = self.revision
@@ -301,7 +312,7 @@ class EtcdModel(EtcdData):
         return done
 
     def apply_grant(self, ttl_s: float) -> Lease:
-        if self.full:
+        if self.full or self.alarmed:
             raise self._no_space()
         lease = self.grant(ttl_s, trio.current_time())
         self._look_again()
@@ -323,8 +334,8 @@ class EtcdModel(EtcdData):
             return Ambiguous(text, code="store_full", retry_after_s=5.0)
         return Unavailable(text, code="store_full", retry_after_s=5.0)
 
-    def violated(self, message: str) -> NoReturn:
-        self._violated("port_contract", message)
+    def violated(self, message: str, check: str = "port_contract") -> NoReturn:
+        self._violated(check, message)
 
 
 def _violated(check: str, message: str) -> NoReturn:

@@ -90,8 +90,9 @@ _DETAILS: Final[Mapping[str, Kind]] = MappingProxyType(
                                   (2, 30), (0.05, 0.5)),
         "store_slow": Kind("strength: calls take so many times as long", "none", (2, 30), (5, 150)),
         "store_compaction": Kind("all history is compacted", "none"),
-        "store_no_space": Kind("the store refuses what puts; strength from 0.5: and may have done it", "none", (1, 10),
-                               (0, 1)),
+        "store_no_space": Kind("the store refuses what puts; strength from 0.5: and may have done it. Where voters are "
+                               "made, below 0.25: until it is cured; below 0.5: members' files are near their quota",
+                               "none", (1, 10), (0, 1)),
         "lease_keepalives_lost": Kind("strength: the chance of each", "none", (5, 30), (0.3, 1)),
         "gossip_late": Kind("strength: news takes so many seconds more to reach the peer", "peer", (5, 40), (2, 20)),
         "gossip_says_dead": Kind("a living peer is called failed", "peer", (3, 30)),
@@ -419,6 +420,9 @@ class Injector:
         self._store.compact_all()
 
     async def _store_no_space(self, fault: Fault, targets: tuple[str, ...]) -> None:
+        if self._roster is not None and fault.strength < 0.5:
+            self._roster.lose_room(fault.strength / 0.5)
+            return
         self._store.no_space(True, 0.5 if fault.strength >= 0.5 else 0.0)
         await trio.sleep(fault.for_s)
         self._store.no_space(False)

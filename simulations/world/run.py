@@ -29,6 +29,7 @@ _TASKS_S_MAX = 900.0  # until every task has ended: quarantines last 600 s, time
 _QUIET_S = 20.0  # without a load or unload: the placement has settled
 _QUIET_S_MAX = 900.0
 _EMPTY_S_MAX = 60.0  # until nothing of what has ended is left anywhere
+_ROOM_S_MAX = 1_500.0  # the leader's member waits 600 s for the others'
 _VOTERS_S_MAX = 600.0  # until the voters are as many as can be
 _ON_ITS_WAY_S = 30.0  # an order, or what follows from a loss
 _REPORTS_MAX = 20_000  # waiting in one executor
@@ -111,6 +112,7 @@ class Cluster:
         if self.scenario.grows:
             await self._until("voters_settle", _VOTERS_S_MAX, self.electorate.unsettled)
             self.sometimes["voters_grown"] += 1
+        await self._until("store_has_room", _ROOM_S_MAX, self._short_of_room)
         self.clients.check()
         self._ended_s = self.world.now()
 
@@ -166,6 +168,10 @@ class Cluster:
             if host.peer.leader is not None and host.peer.leader.held_tasks():
                 return f"the leader still counts {host.peer.leader.held_tasks()} tasks as running"
         return ""
+
+    def _short_of_room(self) -> str:
+        roster = self.fleet.roster
+        return roster.rooms.short({name for name, host in self.hosts.items() if host.gone}) if roster else ""
 
     # ---------------------------------------------------------------- at every moment
 
@@ -290,6 +296,9 @@ class Cluster:
         outcome.faults = self.injector.injected
         outcome.checks = self.checks + self.durable.checks + self.clients.checks
         outcome.checks["quorum_is_not_given_away"] += self.electorate.asked
+        if self.fleet.roster is not None:
+            self.sometimes["store_alarm_taken_back"] = self.fleet.roster.rooms.disarmed
+            self.sometimes["store_defragmented"] = self.fleet.roster.rooms.defragmented
         outcome.sometimes = self.sometimes + self.durable.sometimes + self.clients.sometimes + world.counts
         marks = [*self.injector.marks, *self._led, *self.clients.marks]
         marks += [

@@ -102,7 +102,7 @@ class SimStore:
         self.require_usable()
         await self._require_up_after_a_checkpoint()
         life, give_up_at = self.member.life, trio.current_time() + limits.STORE_CALL_S_MAX
-        if await _travelled(self.latency_s(), give_up_at) and not self.member.frozen:
+        if await _travelled(self.latency_s(), give_up_at) and not (self.member.frozen or self.member.busy):
             self.require_usable()
             self._require_up()
             if self.member.life == life:

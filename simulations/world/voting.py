@@ -15,11 +15,12 @@ import msgspec
 import trio
 
 from peer.errors import Conflict, NotFound, StoreBroken, Unavailable
-from peer.ports import Store, StoreMembers
+from peer.ports import Store, StoreMembers, StoreUpkeep
 from peer.state.voter import Seat, StoreMember
 from simulations.world.disk import SimDisk
 from simulations.world.etcd_cluster import EtcdModel
 from simulations.world.kernel import Incarnation
+from simulations.world.room import SimRooms, SimUpkeep
 from simulations.world.store import SimStore
 
 SEAT_FILE: Final = "seat"
@@ -52,6 +53,7 @@ class SimRoster:
         self._changed_at = -SETTLE_S
         self._ids = 1_000
         self._enter(first, learner=False, started=True)
+        self.rooms = SimRooms(model, self.entries)
 
     @property
     def voters(self) -> list[str]:
@@ -69,6 +71,14 @@ class SimRoster:
             for name, seat in seats.items()
             if not hosts[name].gone and int(hosts[name].disk.read(SEAT_FILE) or 0) == seat
         ]
+
+    def lose_room(self, share: float) -> None:
+        """Below 0.5 one voter's file reaches the quota: whose, this says; else everybody's is near it."""
+        ids = [each.member_id for each in self.entries.values() if not each.learner]
+        if share < 0.5:
+            self.rooms.fill(ids[int(2 * share * len(ids))])
+        else:
+            self.rooms.swell()
 
     def first_seat(self) -> int:
         return next(iter(self.entries), 0)
@@ -176,6 +186,7 @@ class SimVoting:
         self._rng = rng
         self._changed = trio.Event()
         self._members: StoreMembers | None = None
+        self._upkeep: StoreUpkeep | None = None
         self._model = roster.model
         self._model.member_down(self._peer_id)
         incarnation.on_death(lambda how: self._model.member_down(self._peer_id))  # etcd ends with its peer
@@ -195,6 +206,10 @@ class SimVoting:
     @property
     def members(self) -> StoreMembers | None:
         return self._members
+
+    @property
+    def upkeep(self) -> StoreUpkeep | None:
+        return self._upkeep
 
     def join(self, seat: Seat) -> None:
         if seat.member_id != self.seat:
@@ -230,6 +245,7 @@ class SimVoting:
         self._roster.start(self._peer_id, seat)
         store = SimStore(self._model, self._incarnation, self._rng)
         self._members = _Members(self._roster, self._peer_id)
+        self._upkeep = SimUpkeep(self._roster.rooms, self._model, self._peer_id, seat, self._rng)
         begin(store)
         try:
             while not self._changed.is_set():
@@ -238,7 +254,7 @@ class SimVoting:
                 with trio.move_on_after(_POLL_S):
                     await self._changed.wait()
         finally:
-            self._members = None
+            self._members, self._upkeep = None, None
             with trio.CancelScope(shield=True):
                 await end()
                 await store.aclose()

@@ -73,6 +73,7 @@ def test_cluster_status(client: httpx.Client) -> None:
         "reasons": [],
         "voters": [{"peer_id": "peer-1", "learner": False, "linked": True}],
         "outlook": "1 voter",
+        "store": None,
     }
 
 

@@ -224,6 +224,44 @@ async def test_two_hosts_stay_one_voter_and_one_learner_which_learns_again_when_
         assert "takeover` on h2" in cluster.snapshot.outlook
 
 
+async def moved(cluster: Cluster, name: str) -> None:
+    """Stop it, and start it at another address with the same data."""
+    await cluster.stop(name)
+    host = cluster.hosts[name]
+    host.address = f"127.0.0.2:{free_port('127.0.0.2')}"
+    cluster.start(host)
+
+
+async def test_a_voter_that_is_alone_tells_the_store_of_its_new_address(tmp_path: Path) -> None:
+    async with clustered(tmp_path, "h1", bounds=Bounds(wanted=3, steady_s=0.2)) as cluster:
+        await cluster.until(["h1+"])
+        await cluster.write("a")
+        await moved(cluster, "h1")
+        cluster.lead(Bounds(wanted=3, steady_s=0.2))
+        address = cluster.hosts["h1"].address
+        await until(lambda: address in (cluster.hosts["h1"].folder / FILE).read_text())
+        members = cluster.hosts["h1"].voting.members
+        assert members is not None
+        assert [each.address for each in await members.members()] == [address]
+        # so others find it
+        cluster.start(Host(tmp_path, "h2"))
+        await cluster.until(["h1+", "h2+ learns"])
+        await cluster.write("b")
+
+
+async def test_one_of_three_voters_keeps_its_member_at_a_new_address(tmp_path: Path) -> None:
+    async with clustered(tmp_path, "h1", "h2", "h3", bounds=Bounds(steady_s=5.0)) as cluster:
+        await cluster.until(["h1+", "h2+", "h3+"])
+        seat = cluster.hosts["h3"].voting.seat
+        await moved(cluster, "h3")
+        await cluster.until(["h1+", "h2+", "h3"])
+        await cluster.until(["h1+", "h2+", "h3+"])
+        assert cluster.hosts["h3"].voting.seat == seat
+        store = cluster.hosts["h3"].store
+        assert store is not None
+        await answered(lambda: put(store, "a"))
+
+
 async def test_a_member_that_does_not_answer_is_a_problem_until_it_does(tmp_path: Path) -> None:
     async with clustered(tmp_path, "h1") as cluster:
         await cluster.until(["h1+"])

@@ -1,0 +1,118 @@
+"""The store of a simulated cluster runs out of room: each voter sees to its own member, and all goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import trio
+
+from peer.errors import Unavailable
+from peer.state.command import GetStatus
+from simulations.scenario import Scenario
+from simulations.world.electorate import BOUNDS
+from simulations.world.fleet import Fleet
+from simulations.world.kernel import World, run_world
+from simulations.world.room import QUOTA, SimRooms
+from simulations.world.voting import SimRoster
+
+CURE_S = 90.0  # an alarm, with a new leader at the end
+LEADERS_LAST_S = 700.0
+
+
+async def until(true: Callable[[], bool], within_s: float, what: str) -> None:
+    with trio.move_on_after(within_s):
+        while not true():  # noqa: ASYNC110 - of other hosts
+            await trio.sleep(0.1)
+    assert true(), f"{what}: not within {within_s:g} s"
+
+
+async def grown(world: World, hosts: int = 3) -> tuple[Fleet, SimRooms]:
+    fleet = Fleet(world, Scenario(seed=1, hosts=hosts, voters=3, gpus=1), grows=BOUNDS)
+    fleet.start()
+    voters = 3 if hosts >= 3 else 1
+    learners = ["h2"] if hosts == 2 else []
+    await until(
+        lambda: len(fleet.voters()) == voters and roster_of(fleet).learners == learners, 200.0, "who votes"
+    )
+    await until(lambda: len(fleet.leaders()) == 1, 20.0, "somebody leads")
+    return fleet, roster_of(fleet).rooms
+
+
+def roster_of(fleet: Fleet) -> SimRoster:
+    assert fleet.roster is not None
+    return fleet.roster
+
+
+def member_of(fleet: Fleet, peer_id: str) -> int:
+    return next(each for each, member in roster_of(fleet).entries.items() if member.peer_id == peer_id)
+
+
+@pytest.mark.parametrize("whose", ["leader", "follower"])
+def test_a_member_that_reached_its_quota_cures_itself(whose: str) -> None:
+    async def main(world: World) -> None:
+        fleet, rooms = await grown(world)
+        (leader,) = fleet.leaders()
+        name = leader if whose == "leader" else next(each for each in fleet.voters() if each != leader)
+        rooms.fill(member_of(fleet, name))
+        await until(lambda: not fleet.leaders(), 10.0, "nobody leads a store that takes no writes")
+        await until(lambda: not rooms.short(set()), CURE_S, "the store is cured")
+        await until(lambda: len(fleet.leaders()) == 1, CURE_S, "somebody leads again")
+        assert rooms.disarmed == 1
+        assert (await fleet.any().call(GetStatus())).room.level == ""
+
+    run_world(main, 1)
+
+
+def test_who_asks_meanwhile_is_told_why_nobody_leads() -> None:
+    async def main(world: World) -> None:
+        fleet, rooms = await grown(world, hosts=1)
+        rooms.used = QUOTA  # data that no cure makes room for
+        rooms.fill(member_of(fleet, "h1"))
+        await until(lambda: not fleet.leaders(), 20.0, "nobody leads")
+        with pytest.raises(Unavailable, match="the store is full") as refused:
+            await fleet.any().call(GetStatus())
+        assert refused.value.code == "no_leader"
+        assert "store is full" in fleet.any().ready()
+
+    run_world(main, 2)
+
+
+def test_the_alarm_of_a_host_that_is_gone_is_taken_back_by_others() -> None:
+    async def main(world: World) -> None:
+        fleet, rooms = await grown(world)
+        (leader,) = fleet.leaders()
+        name = next(each for each in fleet.voters() if each != leader)
+        rooms.fill(member_of(fleet, name))
+        fleet.hosts[name].kill(power=True)
+        await until(lambda: not rooms.short({name}), CURE_S, "the alarm is taken back")
+        await until(lambda: len(fleet.leaders()) == 1, CURE_S, "somebody leads again")
+
+    run_world(main, 3)
+
+
+def test_files_near_their_quota_are_defragmented_one_after_the_other_and_the_leaders_last() -> None:
+    async def main(world: World) -> None:
+        fleet, rooms = await grown(world)
+        (leader,) = fleet.leaders()
+        rooms.swell()
+        await until(lambda: rooms.defragmented >= 1, 60.0, "those that do not lead")
+        assert fleet.leaders() == [leader]
+        assert rooms.is_swollen(member_of(fleet, leader))
+        await until(lambda: not rooms.short(set()), LEADERS_LAST_S, "all are")
+        assert rooms.disarmed == 0
+
+    run_world(main, 4)
+
+
+def test_a_full_learner_learns_anew() -> None:
+    async def main(world: World) -> None:
+        fleet, rooms = await grown(world, hosts=2)
+        (learner,) = roster_of(fleet).learners
+        before = member_of(fleet, learner)
+        rooms.fill(before)
+        await until(lambda: not rooms.short(set()), CURE_S, "the alarm is taken back")
+        await until(lambda: roster_of(fleet).learners == [learner], CURE_S, "it learns again")
+        assert member_of(fleet, learner) != before
+
+    run_world(main, 5)
