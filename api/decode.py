@@ -42,7 +42,7 @@ _plain = msgspec.json.Decoder(float_hook=_number)
 
 
 class BodyDecoder(Generic[T]):
-    """Decodes bodies of one type."""
+    """Decodes bodies of one type, or of one of several that a field tells apart."""
 
     def __init__(self, type_: type[T]) -> None:
         self._type = type_

@@ -15,7 +15,6 @@ from msgspec import UNSET, Meta, UnsetType
 from peer import limits
 from peer.state.key import Scope
 from peer.state.plan import Strategy
-from peer.state.task import TextGeneration
 
 # ---------------------------------------------------------------- what clients send
 
@@ -27,16 +26,6 @@ RequestLimit = Annotated[int, Meta(ge=1, le=1_000_000_000)]
 
 class Body(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """Base of request bodies: unknown fields are refused."""
-
-
-class SubmitTask(Body):
-    """`priority` is a name or 1 (highest) to 10. `timeout` is in seconds from submission."""
-
-    task_type: Literal["text_generation"]
-    model_name: Name
-    parameters: TextGeneration
-    priority: Priority = "normal"
-    timeout: Annotated[float, Meta(ge=1, le=limits.TASK_TIMEOUT_S_MAX)] = limits.TASK_TIMEOUT_S_DEFAULT
 
 
 class AssignModel(Body):
@@ -256,7 +245,7 @@ class TokenLogprobs(TokenLogprob, kw_only=True):
     top_logprobs: list[TokenLogprob]
 
 
-class TaskResult(Answer):
+class TaskResult(Answer, tag_field="task_type", tag="text_generation"):
     generated_text: str
     tokens_generated: int
     processing_time: str
@@ -267,6 +256,17 @@ class TaskResult(Answer):
     first_token_seconds: float
     stand_in: bool
     logprobs: list[TokenLogprobs] | UnsetType = UNSET
+
+
+class EmbeddingResult(Answer, tag_field="task_type", tag="embedding"):
+    """A vector for each text, in their order."""
+
+    embeddings: list[list[float]]
+    dimensions: int
+    prompt_tokens: int
+    processing_time: str
+    processing_time_seconds: float
+    stand_in: bool
 
 
 class TaskError(Answer):
@@ -304,7 +304,7 @@ class TaskDetail(Read):
     started_at: str | None
     completed_at: str | None
     duration: str | None
-    result: TaskResult | None
+    result: TaskResult | EmbeddingResult | None
     estimated_wait_time: str | None  # null: nothing measured to estimate from, or no longer waiting
     task_type: str
     model_name: str

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from typing import Annotated, Any, Literal
+import struct
+from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from msgspec import Meta
 
-from api import format, logprobs, schemas, stale
+from api import format, logprobs, schemas, schemas_submit, stale
 from api.decode import BodyDecoder
 from api.http import ID, Call, Param, Reply, Route, query_choice, query_float, query_int
 from api.models import priority_number
@@ -21,15 +22,18 @@ from peer.state.model import Model
 from peer.state.task import (
     SHOWN_STATUSES,
     TERMINAL,
+    Array,
+    Embedding,
     JsonSchema,
     Task,
+    TaskResult,
     TextGeneration,
     schema_problem,
     shown,
 )
 
 _encode = msgspec.json.Encoder().encode
-_decode_submit = BodyDecoder(schemas.SubmitTask)
+_decode_submit = BodyDecoder[schemas_submit.SubmitTask](cast(Any, schemas_submit.SubmitTask))
 
 # more than any chat template adds around a prompt, and around each message
 TEMPLATE_TOKENS_MAX = 64
@@ -47,10 +51,12 @@ def _error(task: Task) -> schemas.TaskError | None:
     return schemas.TaskError(code=task.error.code, message=task.error.message) if task.error else None
 
 
-def _result(view: command.TaskView) -> schemas.TaskResult | None:
+def _result(view: command.TaskView) -> schemas.TaskResult | schemas.EmbeddingResult | None:
     result = view.result
     if result is None:
         return None
+    if view.task.task_type == "embedding":
+        return _embeddings(result)
     return schemas.TaskResult(
         generated_text=result.generated_text,
         tokens_generated=result.tokens_generated,
@@ -63,6 +69,24 @@ def _result(view: command.TaskView) -> schemas.TaskResult | None:
         stand_in=result.stand_in,
         logprobs=logprobs.shown(result.logprobs),
     )
+
+
+def _embeddings(result: TaskResult) -> schemas.EmbeddingResult:
+    vectors = [_rows(array) for array in result.arrays if array.name == "embeddings"]
+    rows = vectors[0] if vectors else []
+    return schemas.EmbeddingResult(
+        embeddings=rows,
+        dimensions=len(rows[0]) if rows else 0,
+        prompt_tokens=result.prompt_tokens,
+        processing_time=format.duration(result.processing_s),
+        processing_time_seconds=round(result.processing_s, 6),
+        stand_in=result.stand_in,
+    )
+
+
+def _rows(array: Array) -> list[list[float]]:
+    """A float32 matrix's rows."""
+    return [list(row) for row in struct.iter_unpack(f"<{array.shape[1]}f", array.data)]
 
 
 def detail(view: command.TaskView) -> schemas.TaskDetail:
@@ -114,8 +138,11 @@ def summary(task: Task) -> schemas.TaskSummary:
     )
 
 
-def _tokens_at_most(parameters: TextGeneration) -> int:
+def _tokens_at_most(parameters: TextGeneration | Embedding) -> int:
     """An upper bound that costs nothing: no tokenizer makes more tokens than there are bytes."""
+    if isinstance(parameters, Embedding):
+        texts = [parameters.input] if isinstance(parameters.input, str) else parameters.input
+        return max(len(text.encode()) for text in texts) + TEMPLATE_TOKENS_MAX
     if parameters.prompt is not None:
         return len(parameters.prompt.encode()) + TEMPLATE_TOKENS_MAX
     messages = parameters.messages or ()
@@ -123,14 +150,25 @@ def _tokens_at_most(parameters: TextGeneration) -> int:
     return size + TEMPLATE_TOKENS_MAX
 
 
-async def _check_fits(call: Call, model: Model, parameters: TextGeneration, plain: dict[str, Any]) -> None:
-    if _tokens_at_most(parameters) < model.context:
+async def _check_fits(call: Call, model: Model, task_type: str, parameters: Any, plain: dict[str, Any]) -> None:
+    if task_type not in model.task_types or _tokens_at_most(parameters) < model.context:
+        return  # of another type, which the leader refuses, or short
+    if isinstance(parameters, Embedding) and parameters.truncate:
         return
     counted = await call.api.cluster.count_tokens(model.name, plain)
     if counted is None:
         return
     tokens, context = counted
-    if tokens >= context:
+    if isinstance(parameters, Embedding):
+        if tokens > context:
+            field = "parameters.input"
+            raise BadRequest(
+                f"{field}: a text of {tokens} tokens is longer than the {context} that {model.name} takes; shorten it,"
+                " or send truncate: true",
+                code="prompt_too_long",
+                details={"field": field, "tokens": tokens, "context": context},
+            )
+    elif tokens >= context:
         field = "parameters.messages" if parameters.prompt is None else "parameters.prompt"
         raise BadRequest(
             f"{field}: {tokens} tokens leave no room in the context of {model.name}, {context} tokens",
@@ -152,7 +190,9 @@ def _idempotency_key(call: Call) -> str:
     return key
 
 
-def _check_parameters(parameters: TextGeneration) -> None:
+def _check_parameters(parameters: TextGeneration | Embedding) -> None:
+    if isinstance(parameters, Embedding):
+        return
     if (parameters.prompt is None) == (parameters.messages is None):
         raise BadRequest(
             "parameters: exactly one of prompt and messages is needed",
@@ -165,19 +205,32 @@ def _check_parameters(parameters: TextGeneration) -> None:
             raise BadRequest(f"{field}: {problem}", details={"field": field, "reason": problem})
 
 
+def _digest(task_type: str, body: schemas_submit.SubmitTask) -> str:
+    """Of what the request means: it tells a repetition from another request under the same key."""
+    meant = {
+        "task_type": task_type,
+        "model_name": body.model_name,
+        "parameters": body.parameters,
+        "priority": body.priority,
+        "timeout": body.timeout,
+    }
+    return hashlib.sha256(_encode(meant)).hexdigest()
+
+
 async def submit(call: Call) -> Reply:
-    body: schemas.SubmitTask = _decode_submit(call.body)
+    body = _decode_submit(call.body)
     parameters = body.parameters
     _check_parameters(parameters)
+    task_type = str(body.__struct_config__.tag)
     idempotency_key = _idempotency_key(call)
     wait_s = query_float(call.query, "wait", 0.0, 0.0, limits.WAIT_S_MAX)
     model = call.api.model(body.model_name)
     plain: dict[str, Any] = msgspec.to_builtins(parameters)
-    await _check_fits(call, model, parameters, plain)
+    await _check_fits(call, model, task_type, parameters, plain)
     key = call.caller
     submitted: command.Submitted = await call.api.cluster.call(
         command.SubmitTask(
-            task_type=body.task_type,
+            task_type=task_type,
             model_name=body.model_name,
             parameters=plain,
             priority=priority_number(body.priority),
@@ -186,7 +239,7 @@ async def submit(call: Call) -> Reply:
             key_id=key.key_id,
             request_id=call.request_id,
             idempotency_key=idempotency_key,
-            body_digest=hashlib.sha256(_encode(body)).hexdigest() if idempotency_key else "",
+            body_digest=_digest(task_type, body) if idempotency_key else "",
         )
     )
     view = submitted.view
@@ -262,7 +315,7 @@ ROUTES = (
         "Submit a task",
         schemas.TaskDetail,
         201,
-        body=schemas.SubmitTask,
+        body=schemas_submit.SubmitTask,
         example={
             "task_type": "text_generation",
             "model_name": "llama-2-7b",

@@ -1,9 +1,9 @@
 """The stand-in engine: `Configure.device == "fake"`. Same process and protocol, no model, no GPU.
 
-Every model "loads" and behaves as `echo`: it gives back the prompt's words, one token a word. It says so
-(`Ready.stand_in`). It can misbehave on purpose, by a `Fault` message, by `Configure.fake["fault"]` and by a
-prompt that begins with "fault:<kind>". Of the parameters it knows the prompt, max_tokens and logprobs, which are 0:
-what it says is certain. The faults:
+Every model "loads" and behaves as `echo`: it gives back the prompt's words, one token a word; of an embedding task's
+texts it gives vectors that are the same for the same words. It says so (`Ready.stand_in`). It can misbehave on
+purpose, by a `Fault` message, by `Configure.fake["fault"]` and by a prompt that begins with "fault:<kind>". Of the
+parameters of texts it knows the prompt, max_tokens and logprobs, which are 0: what it says is certain. The faults:
 
     hang            no heartbeat, no step, no answer for ever; still exits at end of stream
     die             os._exit(70)
@@ -28,6 +28,8 @@ from typing import Any, NoReturn, cast
 
 import msgspec
 
+from engine.errors import RunError
+from engine.fake_embedding import embed, longest
 from engine.process import EXIT_FAULT, EXIT_OK, EXIT_PROTOCOL, EXIT_UNUSABLE, RECV_BYTES, exit_now, log
 from engine.protocol import (
     Cancel,
@@ -44,6 +46,7 @@ from engine.protocol import (
     LoadProgress,
     Logprobs,
     Message,
+    Output,
     Phase,
     ProtocolError,
     Ready,
@@ -112,12 +115,27 @@ class FakeModel:
 
 
 def prompt_text(parameters: dict[str, Any]) -> str:
-    """The prompt, or the contents of all messages."""
+    """The prompt, the contents of all messages, or the longest text that is to be embedded."""
+    if "input" in parameters:
+        return longest(parameters)
     prompt = parameters.get("prompt")
     if isinstance(prompt, str):
         return prompt
     messages = parameters.get("messages") or []
     return " ".join(str(message.get("content", "")) for message in messages)
+
+
+def _finished(
+    run_id: str, reason: str, prompt_tokens: int, generated: int, took_s: float, first_s: float = 0.0
+) -> Finished:
+    return Finished(
+        run_id=run_id,
+        reason=cast(FinishReason, reason),
+        prompt_tokens=prompt_tokens,
+        tokens_generated=generated,
+        processing_s=took_s,
+        first_token_s=first_s,
+    )
 
 
 def _certain(word: str) -> Logprobs:
@@ -339,15 +357,7 @@ class FakeEngine:
             if run.run_id == run_id:
                 self._queue.remove(run)
                 words = len(prompt_text(run.parameters).split())
-                self._send(
-                    Finished(
-                        run_id=run_id,
-                        reason="cancelled",
-                        prompt_tokens=words,
-                        tokens_generated=0,
-                        processing_s=0.0,
-                    )
-                )
+                self._send(_finished(run_id, "cancelled", words, 0, 0.0))
                 return
 
     # ------------------------------------------------------------ steps
@@ -356,7 +366,23 @@ class FakeEngine:
         free = self._active_total < self._configure.slots_max and len(model.active) < model.load.slots
         return model.loaded and free
 
+    def _embed(self, run: Run, model: FakeModel) -> None:
+        """All at once: there is nothing to wait for."""
+        began_s = time.monotonic()
+        try:
+            tokens, array = embed(run.parameters, model.load.context)
+        except RunError as error:
+            self._fail(run.run_id, error.code, str(error))
+            return
+        self._steps += 1
+        self._send(Started(run_id=run.run_id, prompt_tokens=tokens))
+        self._send(Output(run_id=run.run_id, arrays=[array]))
+        self._send(_finished(run.run_id, "stop", tokens, 0, time.monotonic() - began_s))
+
     def _start(self, run: Run, model: FakeModel) -> None:
+        if run.task_type == "embedding":
+            self._embed(run, model)
+            return
         words = prompt_text(run.parameters).split()
         if len(words) >= model.load.context:
             text = f"the prompt has {len(words)} tokens and the model's context here {model.load.context}"
@@ -396,16 +422,8 @@ class FakeEngine:
         del model.active[run.run_id]
         self._active_total -= 1
         self._slot_freed = True
-        self._send(
-            Finished(
-                run_id=run.run_id,
-                reason=cast(FinishReason, reason),
-                prompt_tokens=run.prompt_tokens,
-                tokens_generated=run.given,
-                processing_s=now - run.started_s,
-                first_token_s=run.first_token_s,
-            )
-        )
+        took_s = now - run.started_s
+        self._send(_finished(run.run_id, reason, run.prompt_tokens, run.given, took_s, run.first_token_s))
 
     def _step(self, now: float) -> None:
         for model in self._models.values():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine import protocol
 from peer import limits
 from peer.state.order import RunAttempt
-from peer.state.task import Logprobs, TokenLogprob
+from peer.state.task import Array, Logprobs, TokenLogprob
 
 
 class Attempt:
@@ -13,6 +13,7 @@ class Attempt:
 
     __slots__ = (
         "_logprobs_bytes",
+        "arrays",
         "attempt",
         "chars",
         "logprobs",
@@ -34,6 +35,7 @@ class Attempt:
         self.prompt_tokens = 0
         self.stopping = False
         self.logprobs: list[Logprobs] = []
+        self.arrays: tuple[Array, ...] = ()
         self._logprobs_bytes = 0
 
     def take_logprobs(self, told: list[protocol.Logprobs]) -> tuple[Logprobs, ...]:
@@ -46,6 +48,10 @@ class Attempt:
             self._logprobs_bytes += kept.nbytes
             self.logprobs.append(kept)
         return tuple(self.logprobs[at:])
+
+
+def arrays_of(output: protocol.Output) -> tuple[Array, ...]:
+    return tuple(Array(each.name, each.dtype, each.shape, each.data) for each in output.arrays)
 
 
 def _logprob(told: protocol.TokenLogprob) -> TokenLogprob:

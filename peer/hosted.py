@@ -13,10 +13,12 @@ import structlog
 import trio
 
 from engine.protocol import (
+    OUTPUT_BYTES_MAX,
     Cancel,
     CountTokens,
     Finished,
     Heartbeat,
+    Output,
     Ready,
     Run,
     RunFailed,
@@ -25,7 +27,7 @@ from engine.protocol import (
     Tokens,
 )
 from peer import limits
-from peer.attempt import Attempt
+from peer.attempt import Attempt, arrays_of
 from peer.decide.alert import AlertState, Thresholds, judge, judge_engine
 from peer.engines import Device, EngineHandle, ModelFiles, TelemetrySource
 from peer.ports import Clock
@@ -113,6 +115,7 @@ class HostedWorker:
         self.replicas = Replicas(self, host, files)
         self._handlers: dict[Any, Callable[[Any], None]] = {
             Tokens: self._on_tokens,
+            Output: self._on_output,
             Finished: self._on_finished,
             Started: self._on_started,
             RunFailed: self._on_run_failed,
@@ -287,16 +290,27 @@ class HostedWorker:
             return
         attempt.chars += len(message.text)
         if attempt.chars > limits.RESULT_CHARS_MAX:
-            self.stop_attempt(message.run_id)
-            self._host.streams.close(attempt.task_id, attempt.attempt)
-            text = f"it generated more than {limits.RESULT_CHARS_MAX} characters, which is the most that is kept"
-            self._fail(message.run_id, attempt.task_id, attempt.attempt, "result_too_large", text, False)
+            self._too_large(message.run_id, attempt, f"{limits.RESULT_CHARS_MAX} characters")
             return
         attempt.pieces.append(message.text)
         logprobs = attempt.take_logprobs(message.logprobs) if message.logprobs else ()
         attempt.tokens += message.count
         streams = self._host.streams
         streams.publish(attempt.task_id, attempt.attempt, message.text, message.count, logprobs)
+
+    def _on_output(self, message: Output) -> None:
+        attempt = self._attempts.get(message.run_id)
+        if attempt is None or attempt.stopping:
+            return
+        attempt.arrays = arrays_of(message)
+        if sum(len(array.data) for array in attempt.arrays) > OUTPUT_BYTES_MAX:
+            self._too_large(message.run_id, attempt, f"{OUTPUT_BYTES_MAX} bytes of numbers")
+
+    def _too_large(self, key: str, attempt: Attempt, most: str) -> None:
+        self.stop_attempt(key)
+        self._host.streams.close(attempt.task_id, attempt.attempt)
+        text = f"it generated more than {most}, which is the most that is kept"
+        self._fail(key, attempt.task_id, attempt.attempt, "result_too_large", text, False)
 
     def _on_finished(self, message: Finished) -> None:
         attempt = self._attempts.pop(message.run_id, None)
@@ -326,6 +340,7 @@ class HostedWorker:
                 cached_tokens=message.cached_tokens,
                 stand_in=self._info.stand_in,
                 logprobs=tuple(attempt.logprobs),
+                arrays=attempt.arrays,
             ),
             0.0,
         )

@@ -138,7 +138,12 @@ class Replicas:
         model = held.model
         self._enter(held, ReplicaState.LOADING)
         order = Load(
-            model=model.name, path=path, family=model.family, context=model.context, slots=model.slots
+            model=model.name,
+            path=path,
+            family=model.family,
+            context=model.context,
+            slots=model.slots,
+            task_type=model.task_types[0],
         )
         if not self._send(order):
             why = self._worker.message or "its engine takes no orders"

@@ -121,7 +121,7 @@ class Stream:
             elif not result.generated_text.startswith(given):
                 self._begin(result.attempt, "another text was recorded than was given")
             rest = result.generated_text[len(self._text()) :]
-            if rest or not self._texts:
+            if rest or not (self._texts or result.arrays):
                 more = max(0, result.tokens_generated - self.tokens)
                 self.publish(result.attempt, rest, more, result.logprobs[self.tokens :])
         self.end()

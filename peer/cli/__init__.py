@@ -16,6 +16,7 @@ from peer.version import VERSION
 COMMANDS: dict[str, tuple[str, str]] = {
     "up": ("peer.cli.up", "Start a peer and serve."),
     "submit": ("peer.cli.tasks", "Submit a text generation task."),
+    "embed": ("peer.cli.embed", "Compute vectors of texts."),
     "tasks": ("peer.cli.tasks", "List tasks, or show one."),
     "cancel": ("peer.cli.tasks", "Cancel a task."),
     "status": ("peer.cli.cluster", "Show the cluster's status."),

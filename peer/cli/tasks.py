@@ -94,20 +94,14 @@ def submit(
         parameters["response_format"] = _response_format(json_object, json_schema)
     if stream:
         parameters["stream"] = True
-    body: dict[str, Any] = {"task_type": "text_generation", "model_name": model, "parameters": parameters}
-    if priority is not None:
-        body["priority"] = int(priority) if priority.isdigit() else priority
-    if timeout is not None:
-        body["timeout"] = timeout
-    headers = {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
+    body, headers = submission("text_generation", model, parameters, priority, timeout, idempotency_key)
     answer = client.post("/tasks", body, headers=headers)
     task_id = str(answer.data["task_id"])
     if stream:
         with _left_running(task_id):
             return _stream(client, task_id, as_json)
     if wait:
-        with _left_running(task_id):
-            answer = _wait(client, task_id, answer)
+        answer = finished(client, answer)
     if as_json:
         emit(answer)
     elif wait:
@@ -117,6 +111,23 @@ def submit(
         say(f"{shown(answer.data['status'])}; see it with `bitinglip tasks {task_id}`")
         return Exit.OK
     return outcome(answer.data) if wait else Exit.OK
+
+
+def submission(
+    task_type: str,
+    model: str,
+    parameters: dict[str, Any],
+    priority: str | None,
+    timeout: float | None,
+    idempotency_key: str | None,
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Body and headers of `POST /tasks`."""
+    body: dict[str, Any] = {"task_type": task_type, "model_name": model, "parameters": parameters}
+    if priority is not None:
+        body["priority"] = int(priority) if priority.isdigit() else priority
+    if timeout is not None:
+        body["timeout"] = timeout
+    return body, {} if idempotency_key is None else {"Idempotency-Key": idempotency_key}
 
 
 def _bias(text: str) -> tuple[str, float]:
@@ -149,9 +160,12 @@ def _left_running(task_id: str) -> Iterator[None]:
         raise
 
 
-def _wait(client: Client, task_id: str, answer: Answer) -> Answer:
-    while answer.data["status"] not in FINISHED:
-        answer = client.get(f"/tasks/{task_id}", {"wait": POLL_WAIT_S}, wait_s=POLL_WAIT_S)
+def finished(client: Client, answer: Answer) -> Answer:
+    """The task of this answer once it has ended."""
+    task_id = str(answer.data["task_id"])
+    with _left_running(task_id):
+        while answer.data["status"] not in FINISHED:
+            answer = client.get(f"/tasks/{task_id}", {"wait": POLL_WAIT_S}, wait_s=POLL_WAIT_S)
     return answer
 
 
@@ -191,6 +205,10 @@ def _print_text(task: dict[str, Any]) -> None:
         print(printable(text) if sys.stdout.isatty() else text)
     else:
         say(_failure(task))
+
+
+def say_failure(task: dict[str, Any]) -> None:
+    say(_failure(task))
 
 
 def _failure(task: dict[str, Any]) -> str:
@@ -271,8 +289,11 @@ def _show(task: dict[str, Any]) -> None:
         rows.append(("wait, estimated", task["estimated_wait_time"]))
     if error:
         rows.append(("error", f"{error.get('code')}: {error.get('message')}"))
-    if result:
+    if "embeddings" in result:
+        rows.append(("vectors", f"{len(result['embeddings'])} of {result.get('dimensions')} numbers; see --json"))
+    elif result:
         rows.append(("tokens", result.get("tokens_generated")))
+    if result:
         rows.append(("processing time", result.get("processing_time")))
     for pending in task.get("pending_reasons") or ():
         rows.append(("pending", f"{pending['worker_id'] or 'cluster'}: {pending['reason']}"))

@@ -103,6 +103,7 @@ def _finished(snapshot: Snapshot, now: float, message: AttemptFinished) -> Decis
         cached_tokens=message.cached_tokens,
         stand_in=message.stand_in,
         logprobs=message.logprobs,
+        arrays=message.arrays,
     )
     took_s = run_s(done) or 0.0
     decision = Decision(changes=[Save(done), Save(result), Pace(task.model_name, took_s)])

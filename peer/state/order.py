@@ -6,7 +6,7 @@ from typing import Any
 
 from peer.state.base import Record
 from peer.state.model import Model
-from peer.state.task import Logprobs, result_bytes
+from peer.state.task import Array, Logprobs, result_bytes
 from peer.state.worker import WorkerReport
 
 # ---------------------------------------------------------------- leader -> peer
@@ -87,10 +87,11 @@ class AttemptFinished(Record, frozen=True, tag="attempt_finished"):
     cached_tokens: int = 0
     stand_in: bool = False
     logprobs: tuple[Logprobs, ...] = ()  # as a TaskResult's
+    arrays: tuple[Array, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return result_bytes(self.generated_text, self.logprobs)
+        return result_bytes(self.generated_text, self.logprobs, self.arrays)
 
 
 class AttemptFailed(Record, frozen=True, tag="attempt_failed"):

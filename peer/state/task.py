@@ -175,15 +175,30 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
 _LOGPROB_BYTES: Final = 24  # of one in the store, without its piece
 
 
-def result_bytes(text: str, logprobs: tuple[Logprobs, ...]) -> int:
+class Array(msgspec.Struct, frozen=True, array_like=True):
+    """Numbers in row-major order, little endian. `dtype` is numpy's name of their type."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """About how many bytes it is in the store."""
+        return len(self.data) * 4 // 3
+
+
+def result_bytes(text: str, logprobs: tuple[Logprobs, ...], arrays: tuple[Array, ...] = ()) -> int:
     """About how many bytes a result is in the store, beyond the few of every record."""
-    return len(text) + sum(each.nbytes for each in logprobs)
+    return len(text) + sum(each.nbytes for each in logprobs) + sum(each.nbytes for each in arrays)
 
 
 class TaskResult(Record, frozen=True):
     """What the first finished attempt gave. Written once, with the transition to completed; never changed.
 
     `logprobs` are those of the first tokens, as many as limits.LOGPROBS_BYTES_MAX leaves room for, if asked for.
+    Of an embedding task `arrays` are the vectors, one below the other, and there is no text.
     """
 
     task_id: str
@@ -198,10 +213,11 @@ class TaskResult(Record, frozen=True):
     cached_tokens: int = 0  # of the prompt's, those that the device had in its cache from an earlier task
     stand_in: bool = False
     logprobs: tuple[Logprobs, ...] = ()
+    arrays: tuple[Array, ...] = ()
 
     @property
     def nbytes(self) -> int:
-        return result_bytes(self.generated_text, self.logprobs)
+        return result_bytes(self.generated_text, self.logprobs, self.arrays)
 
 
 class Idempotency(Record, frozen=True):
@@ -224,9 +240,11 @@ TOP_LOGPROBS_MAX: Final = 20
 BIASES_MAX: Final = 1_024
 SCHEMA_BYTES_MAX: Final = 64 * 1024
 SCHEMA_DEPTH_MAX: Final = 64
+INPUTS_MAX: Final = 1_024
 _INTEGERS: Final = range(-(2**63), 2**64)  # that a frame between peers can hold
 
 Text = Annotated[str, Meta(max_length=PROMPT_CHARS_MAX)]
+EmbeddedText = Annotated[str, Meta(min_length=1, max_length=PROMPT_CHARS_MAX)]
 StopText = Annotated[str, Meta(min_length=1, max_length=STOP_CHARS_MAX)]
 TokenNumber = Annotated[str, Meta(pattern=r"^(0|[1-9][0-9]{0,8})\Z")]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
@@ -277,6 +295,16 @@ class TextGeneration(
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=TOP_LOGPROBS_MAX)] = 0
     response_format: JsonObject | JsonSchema | None = None
+
+
+class Embedding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Parameters of an `embedding` task. `normalize` null: as the model's own files say. A text that is longer than
+    the model takes is refused, or with `truncate` cut.
+    """
+
+    input: EmbeddedText | Annotated[list[EmbeddedText], Meta(min_length=1, max_length=INPUTS_MAX)]
+    normalize: bool | None = None
+    truncate: bool = False
 
 
 def schema_problem(schema: dict[str, Any]) -> str:

@@ -139,6 +139,34 @@ def test_mistakes_of_folders(source: str, more: str, words: str) -> None:
     assert words in found[0]
 
 
+def entry(**fields: str) -> str:
+    lines = "".join(f"    {name}: {value}\n" for name, value in fields.items())
+    return f"models:\n  m:\n    source: file:/x.gguf\n{lines}"
+
+
+def test_a_family_has_its_type_of_task() -> None:
+    for fields, task_types in (
+        ({"family": "bert"}, ("embedding",)),
+        ({"family": "qwen3"}, ("text_generation",)),
+        ({"family": "qwen3", "task_types": "[embedding]"}, ("embedding",)),
+        ({"family": "echo", "task_types": "[text_generation, embedding]"}, ("text_generation", "embedding")),
+    ):
+        assert parse_catalogue(entry(**fields).encode(), "c")["m"].task_types == task_types
+
+
+@pytest.mark.parametrize(
+    ("family", "task_types", "words"),
+    [
+        ("bert", "[text_generation]", "is of family `bert`, which serves `embedding` only"),
+        ("bert", "[embedding, text_generation]", "serves `embedding` only"),
+        ("qwen3", "[text_generation, embedding]", "serves one type of task at a time"),
+    ],
+)
+def test_types_of_tasks_that_a_family_cannot_serve(family: str, task_types: str, words: str) -> None:
+    (found,) = mistakes(entry(family=family, task_types=task_types))
+    assert words in found
+
+
 def test_every_mistake_is_named_with_its_line_and_key() -> None:
     found = mistakes(
         """models:

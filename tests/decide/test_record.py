@@ -25,7 +25,7 @@ from peer.state.order import (
 )
 from peer.state.record import decode
 from peer.state.snapshot import Foresee
-from peer.state.task import Status, TaskResult
+from peer.state.task import Array, Status, Task, TaskResult
 from peer.state.worker import EngineState
 from tests.decide.build import GIB, T0, World, device, failed, finished, replica, started, worker_report
 
@@ -61,6 +61,15 @@ def test_a_start_is_kept_in_memory_and_bounded_by_this_clock() -> None:
     assert world.batch.writes == {}
     assert world.task(task).status is Status.RUNNING
     assert report(world.s, T0 + 9, started(task, T0 + 9)).changes == []
+
+
+def test_arrays_are_part_of_the_result() -> None:
+    world = ready()
+    task = world.running()
+    arrays = (Array("embeddings", "float32", (2, 3), bytes(24)),)
+    world.take(report(world.s, world.now, finished(task, world.now, generated_text="", arrays=arrays)))
+    assert decode(TaskResult, world.disk[f"result/{task.task_id}"]).arrays == arrays
+    assert decode(Task, world.disk[f"task/{task.task_id}"]).result_bytes == 32
 
 
 def test_the_result_is_written_once() -> None:

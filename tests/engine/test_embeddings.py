@@ -21,12 +21,29 @@ from engine.embedding_loading import EmbeddingFiles
 from engine.embedding_text import read_text_encoder
 from engine.errors import LoadError
 from engine.pooling import Pooled, Pooling, read_pooling
-from engine.protocol import OUTPUT_BYTES_MAX, Finished, Output, Run, RunFailed, Started
+from engine.protocol import (
+    OUTPUT_BYTES_MAX,
+    Configure,
+    CountTokens,
+    Finished,
+    Load,
+    Loaded,
+    LoadFailed,
+    Output,
+    Ready,
+    Run,
+    RunFailed,
+    Started,
+    TokenCount,
+    Unload,
+    Unloaded,
+    Unusable,
+)
 from engine.safetensors import read
 from engine.states import StateRow
 from tests.engine.conftest import CACHE
 from tests.engine.embedding_checks import CASES, FIXTURES, FORMATS, NUMBERS, vectors
-from tests.engine.harness import REPOSITORY
+from tests.engine.harness import REPOSITORY, EngineProcess
 
 # Largest difference of any number of a vector, in standard deviations; measured: 3e-6 and 1.5e-3
 TOLERANCE = {"float32": 5e-5, "float16": 0.02}
@@ -69,6 +86,39 @@ def test_the_comparison_would_notice(measured: dict[str, Any]) -> None:
     unnoticed = {what: off for what, off in measured["broken"].items() if not off > 20 * TOLERANCE["float32"]}
     assert len(measured["broken"]) >= 3
     assert not unnoticed
+
+
+@pytest.mark.process
+def test_an_engine_serves_embeddings_beside_others() -> None:
+    """Loaded, counted, computed, refused and unloaded by the real engine."""
+    expected = json.loads((FIXTURES / "bert" / "expected.json").read_text())
+    right = dict(np.load(FIXTURES / "bert" / "expected.npz"))["mean"]
+    path = str(FIXTURES / "bert")
+    configure = Configure(worker_id="w", device="CPU:LLVM", cache_dir=str(CACHE))
+    with EngineProcess(configure) as engine:
+        assert isinstance(engine.wait_type(Ready, Unusable, timeout_s=120), Ready)
+        engine.send(Load(model="t", path=path, family="bert"))
+        failed = engine.wait_type(Loaded, LoadFailed, timeout_s=60)
+        assert (failed.code, "generates no text" in failed.message) == ("unsupported_architecture", True)
+        engine.send(Load(model="m", path=path, family="bert", task_type="embedding"))
+        loaded = engine.wait_for(lambda m: isinstance(m, Loaded | LoadFailed) and m.model == "m", 120)
+        assert isinstance(loaded, Loaded), loaded
+        assert loaded.context == 96
+        engine.send(ask("a/1", expected["texts"], normalize=False))
+        done = engine.wait_end("a/1")
+        assert done.prompt_tokens == sum(map(len, expected["ids"]))
+        found = vectors(engine.of_run("a/1")[1])
+        assert np.abs(found - right).max() < TOLERANCE["float16"] * right.std()
+        engine.send(ask("b/1", "word " * 200))
+        assert engine.wait_end("b/1").code == "prompt_too_long"
+        engine.send(
+            CountTokens(request_id="c", path=path, family="bert", parameters={"input": ["x", "word " * 200]})
+        )
+        counted = engine.wait_type(TokenCount)
+        assert (counted.error, counted.context) == ("", 96)
+        assert counted.tokens > 200
+        engine.send(Unload(model="m"))
+        assert engine.wait_type(Unloaded).freed_bytes == loaded.memory_bytes > 0
 
 
 # ---------------------------------------------------------------- who is in which step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from engine.protocol import (
     LoadFailed,
     ProtocolError,
     Ready,
+    Run,
     RunFailed,
     Shutdown,
     Started,
@@ -44,6 +46,39 @@ def fake(load: bool = True, slots_max: int = 8, **settings: Any) -> Iterator[Eng
             engine.send(Load(model="m", path="/nowhere", family="llama"))
             engine.wait_type(Loaded, LoadFailed)
         yield engine
+
+
+def embed(engine: EngineProcess, run_id: str, **parameters: Any) -> Any:
+    engine.send(Run(run_id=run_id, model="m", task_type="embedding", parameters=parameters))
+    return engine.wait_end(run_id)
+
+
+def test_embeds_the_same_words_alike() -> None:
+    with fake() as engine:
+        done = embed(engine, "a/1", input=["one two", "one  two", "three"])
+        started, output, _ = engine.of_run("a/1")
+        assert (started.prompt_tokens, done.prompt_tokens, done.tokens_generated) == (5, 5, 0)
+        (array,) = output.arrays
+        assert (array.name, array.dtype, array.shape) == ("embeddings", "float32", (3, 8))
+        rows = list(struct.iter_unpack("<8f", array.data))
+        assert rows[0] == rows[1] != rows[2]
+        assert all(abs(sum(number * number for number in row) - 1) < 1e-6 for row in rows)
+        embed(engine, "b/1", input="one two", normalize=False)
+        (raw,) = struct.iter_unpack("<8f", engine.of_run("b/1")[1].arrays[0].data)
+        assert raw[0] / raw[1] == pytest.approx(rows[0][0] / rows[0][1])
+        assert raw != rows[0]
+
+
+def test_texts_that_are_too_long_are_refused_or_cut() -> None:
+    with fake(load=False) as engine:
+        engine.send(Load(model="m", path="/", family="bert", context=3, task_type="embedding"))
+        engine.wait_type(Loaded)
+        failed = embed(engine, "a/1", input=["x", "a b c d"])
+        assert (failed.code, failed.retryable) == ("prompt_too_long", False)
+        assert "text 1 has 4 tokens" in failed.message
+        embed(engine, "b/1", input=["a b c d", "a b c"], truncate=True)
+        cut, whole = struct.iter_unpack("<8f", engine.of_run("b/1")[1].arrays[0].data)
+        assert cut == whole
 
 
 def test_starts_quickly_and_says_it_is_a_stand_in() -> None:

@@ -17,7 +17,7 @@ from peer.attempt import Attempt
 from peer.errors import Unavailable
 from peer.state.command import StreamRestart, StreamToken, TaskView
 from peer.state.order import RunAttempt
-from peer.state.task import Logprobs, Status, Task, TaskResult, TokenLogprob
+from peer.state.task import Array, Logprobs, Status, Task, TaskResult, TokenLogprob
 from peer.streams import Stream, StreamHub
 
 
@@ -222,6 +222,15 @@ async def test_items_of_another_stream_are_taken_once_each() -> None:
     stream.end()
     assert stream.take(item(2, 6, "too late"))
     assert await all_of(stream) == [item(2, 0, "second")]
+
+
+async def test_what_is_no_text_gives_no_piece_of_text() -> None:
+    view = view_of("")
+    assert view.result is not None
+    array = Array("embeddings", "float32", (1, 1), bytes(4))
+    stream = Stream()
+    stream.finish(msgspec.structs.replace(view, result=msgspec.structs.replace(view.result, arrays=(array,))))
+    assert await all_of(stream) == []
 
 
 def view_of(text: str | None, attempt: int = 1) -> TaskView:

@@ -10,11 +10,14 @@ import pytest
 
 from peer.state.record import decode, encode
 from peer.state.task import (
+    INPUTS_MAX,
     SCHEMA_BYTES_MAX,
     SCHEMA_DEPTH_MAX,
     SHOWN_STATUSES,
     TERMINAL,
     TRANSITIONS,
+    Array,
+    Embedding,
     Happening,
     IllegalTransition,
     Logprobs,
@@ -113,6 +116,39 @@ def test_schemas_are_bounded() -> None:
         assert "64 bits" in schema_problem({"enum": [[{"const": number}]]})
     assert schema_problem({"title": "x" * (SCHEMA_BYTES_MAX - 12)}) == ""
     assert schema_problem({"title": "x" * (SCHEMA_BYTES_MAX - 11)}) == "65537 bytes, at most 65536"
+
+
+def test_arrays_of_a_result_are_stored_as_bytes_and_counted() -> None:
+    plain = TaskResult(
+        task_id="t", attempt=1, worker_id="w", generated_text="", tokens_generated=0, prompt_tokens=1,
+        finish_reason="stop", processing_s=1.0, first_token_s=0.0,
+    )  # fmt: skip
+    assert b"arrays" not in encode(plain)
+    told = msgspec.structs.replace(plain, arrays=(Array("embeddings", "float32", (64, 384), bytes(98_304)),))
+    assert decode(TaskResult, encode(told)) == told
+    assert told.nbytes == 131_072
+    assert len(encode(told)) - len(encode(plain)) == pytest.approx(told.nbytes, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b"{}", "missing required field `input`"),
+        (b'{"input": ""}', "length >= 1"),
+        (b'{"input": []}', "length >= 1"),
+        (b'{"input": ["a", ""]}', r"length >= 1 - at `\$.input\[1\]`"),
+        (b'{"input": [1]}', r"Expected `str`, got `int` - at `\$.input\[0\]`"),
+        (b'{"input": "a", "normalize": 1}', "Expected `bool"),
+        (b'{"input": "a", "prompt": "a"}', "unknown field `prompt`"),
+    ],
+)
+def test_parameters_of_embeddings(body: bytes, message: str) -> None:
+    assert msgspec.json.decode(b'{"input": ["a", "b"], "truncate": true}', type=Embedding).truncate
+    with pytest.raises(msgspec.ValidationError, match=message):
+        msgspec.json.decode(body, type=Embedding)
+    texts = msgspec.json.encode({"input": ["a"] * (INPUTS_MAX + 1)})
+    with pytest.raises(msgspec.ValidationError, match=f"length <= {INPUTS_MAX}"):
+        msgspec.json.decode(texts, type=Embedding)
 
 
 def test_logprobs_of_a_result_are_stored_compactly_and_counted() -> None:
