@@ -83,16 +83,6 @@ class Health(Answer):
 
 
 class Probe(Answer):
-class StoreRoom(Answer):
-    """How full the cluster's store is. `level`: "", warning, critical (no new tasks) or full (nothing is written)."""
-
-    level: Literal["", "warning", "critical", "full"]
-    used_percent: float
-    used_bytes: int
-    file_bytes: int
-    quota_bytes: int
-
-
     status: Literal["ok", "ready"]
 
 
@@ -104,6 +94,16 @@ class Voter(Answer):
     linked: bool
 
 
+class StoreRoom(Answer):
+    """How full the cluster's store is. `level`: "", warning, critical (no new tasks) or full (nothing is written)."""
+
+    level: Literal["", "warning", "critical", "full"]
+    used_percent: float
+    used_bytes: int
+    file_bytes: int
+    quota_bytes: int
+
+
 class ClusterStatus(Read):
     cluster_id: str
     status: str  # operational, degraded, down
@@ -112,7 +112,6 @@ class ClusterStatus(Read):
     queued_tasks: int
     running_tasks: int
     gpu_utilization: float
-    store: StoreRoom | None  # null: on one host, or not known yet
     total_memory: str
     available_memory: str
     uptime: str
@@ -124,6 +123,7 @@ class ClusterStatus(Read):
     reasons: tuple[str, ...]
     voters: tuple[Voter, ...]
     outlook: str  # what the loss of a host would mean right now
+    store: StoreRoom | None  # null: on one host, or not known yet
 
 
 class GpuInfo(Answer):
