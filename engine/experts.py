@@ -84,23 +84,27 @@ def expand(x: Normed, gate: Matrix, up: Matrix, chosen: Tensor, count: int) -> T
 
 
 def contract(
-    inner: Tensor, down: Matrix, chosen: Tensor, shares: Tensor, residual: Tensor, count: int
+    inner: Tensor, down: Matrix, chosen: Tensor, shares: Tensor, residual: Tensor | None, count: int
 ) -> Tensor:
     """The experts' results, weighed and added: inner [R K, F], down [X E, F], residual [R, E] -> [R, E]."""
-    rows, outputs = residual.shape
-    used = chosen.shape[1]
+    rows, used = chosen.shape
     opts = as_written(inner)
     form = down.only.form
+    outputs, split = form.outputs // count, len(down.only.tensors)
 
-    def kernel(out: UOp, inner: UOp, chosen: UOp, shares: UOp, residual: UOp, *tensors: UOp) -> UOp:
+    def kernel(out: UOp, inner: UOp, chosen: UOp, shares: UOp, *more: UOp) -> UOp:
         r, o = UOp.range(rows, 0), UOp.range(outputs, 1)
         k = UOp.range(used, 2, axis_type=AxisType.REDUCE)
         ranges = form.ranges(3, AxisType.REDUCE)
         line = held(chosen[r, k], count) * outputs + o
-        value = inner[r * used + k, form.column(*ranges)] * form.value(tensors, line, *ranges) * shares[r, k]
-        total = residual[r, o] + value.reduce(k, *ranges, arg=Ops.ADD)
+        weight = form.value(more[:split], line, *ranges)
+        value = inner[r * used + k, form.column(*ranges)] * weight * shares[r, k]
+        total = value.reduce(k, *ranges, arg=Ops.ADD)
+        if residual is not None:
+            total = more[-1][r, o] + total
         info = KernelInfo(name=f"contract_{rows}_{outputs}_{used}", opts_to_apply=opts)
         return out[r, o].store(total).end(r, o).sink(arg=info)
 
     out = Tensor.empty(rows, outputs, dtype=dtypes.float32, device=inner.device)
-    return call(kernel, out, inner, chosen, shares, residual, *down.only.tensors)
+    extras = () if residual is None else (residual,)
+    return call(kernel, out, inner, chosen, shares, *down.only.tensors, *extras)

@@ -151,16 +151,24 @@ def _product(
     return call(kernel, out, values, *part.tensors, *extras)
 
 
-def gather_rows(table: Matrix | Tensor, indices: Tensor, factor: float = 1.0) -> Tensor:
-    """table [N, I], indices [R] -> float32 [R, I]: embedding look-up without a one-hot product."""
+def gather_rows(
+    table: Matrix | Tensor, indices: Tensor, factor: float = 1.0, share: tuple[int, int] | None = None
+) -> Tensor:
+    """table [N, I], indices [R] -> float32 [R, I]: embedding look-up without a one-hot product.
+
+    `share` says which rows of a larger table these N are: the others are zero.
+    """
     part = (table if isinstance(table, Matrix) else Matrix.dense(table)).only
     form, rows, inputs = part.form, indices.shape[0], part.form.inputs
 
     def kernel(out: UOp, *given: UOp) -> UOp:
         *tensors, indices = given  # last: of a table of one row it is not read, and tinygrad counts what is
         r, ranges = UOp.range(rows, 0), form.ranges(1)
-        value = form.value(tensors, held(indices[r], form.outputs), *ranges)
+        index = indices[r] - share[0] if share else indices[r]
+        value = form.value(tensors, held(index, form.outputs), *ranges)
         value = value if factor == 1.0 else value * factor
+        if share:
+            value = ((index >= 0) & (index < form.outputs)).where(value, UOp.const(dtypes.float32, 0.0))
         info = KernelInfo(name=f"gather_{rows}_{inputs}")
         return out[r, form.column(*ranges)].store(value).end(r, *ranges).sink(arg=info)
 

@@ -109,7 +109,7 @@ def _load_decoder(
             load.path, f"it has {len(vocabulary.pieces)} tokens and logits for {config.vocabulary}"
         )
     on_cpu = name.kind == "CPU"
-    need = memory_needed(config, weights_bytes(checkpoint), slots, context, on_cpu)
+    need = memory_needed(config, weights_bytes(checkpoint), slots, context, on_cpu, len(name.devices))
     check_memory(load.model, need, limit, memory_available(name))
     size = checkpoint.file_size
     progress(LoadProgress(model=load.model, stage="read", done=size, total=size))
@@ -117,7 +117,8 @@ def _load_decoder(
     def upload() -> GraphedModel:
         spelled = str if isinstance(checkpoint, Gguf) else family.spelled
         with Weights(checkpoint, _uploads(load.model, progress), spelled) as weights:
-            model = Decoder(config, weights, slots, cache_length(context), CPU_COUNT.value if on_cpu else 1)
+            threads = CPU_COUNT.value if on_cpu else 1
+            model = Decoder(config, weights, slots, cache_length(context), threads, name.devices)
         return GraphedModel(model, slots, context, on_cpu)
 
     graphs = _captured(load, need, upload, progress)
@@ -168,13 +169,19 @@ def _uploads(model: str, progress: Progress) -> Callable[[int, int], None]:
     return lambda done, total: progress(LoadProgress(model=model, stage="upload", done=done, total=total))
 
 
-def memory_needed(config: DecoderConfig, weights: int, slots: int, context: int, on_cpu: bool) -> int:
-    """Weights, caches and the steps' intermediates, in bytes of the device."""
+def memory_needed(
+    config: DecoderConfig, weights: int, slots: int, context: int, on_cpu: bool, devices: int = 1
+) -> int:
+    """Weights, caches and the steps' intermediates, in bytes of all devices together."""
     length = cache_length(context)
-    weights += 2 * config.blocks * config.experts * config.embedding  # routers are float32
+    weights += (
+        (4 * devices - 2) * config.blocks * config.experts * config.embedding
+    )  # float32 routers, on each
+    streams = 4 * devices + devices * (devices - 1)  # each device's own, and what it gets of the others
+    logits = config.vocabulary if devices == 1 else 3 * config.vocabulary  # computed, copied, side by side
     steps = sum(
-        4 * rows * (2 * config.heads * length + 4 * config.embedding + config.qkv + config.inner)
-        + 4 * logits_rows(rows, slots) * config.vocabulary
+        4 * rows * (2 * config.heads * length + streams * config.embedding + config.qkv + config.inner)
+        + 4 * logits_rows(rows, slots) * logits
         for rows in bucket_sizes(slots, on_cpu)
     )
     return weights + config.cache_bytes(slots, length) + steps

@@ -35,11 +35,16 @@ class Recording:
             self._kernels[key] = kernel(*placeholders)
         self._calls.append(self._kernels[key].call(*(_buffer(tensor) for tensor in tensors)))
 
+    def add_copy(self, target: Tensor, source: Tensor) -> None:
+        """From device to device: within a graph by the cards' copy engines where they reach each other."""
+        copy = _buffer(source).copy_to_device(target.device)
+        self._calls.append(copy.call(_buffer(target), _buffer(source)))
+
     def captured(self, result: Tensor) -> CapturedJit[Tensor]:
         """The calls compiled, their intermediates laid over each other in one buffer, and made a device graph."""
         linear = compile_linear(UOp(Ops.LINEAR, src=tuple(self._calls)))
         # a kernel that touches no buffer is a copy onto itself: of one slot to another where there is only one
-        calls = [_of_used_buffers(call) for call in linear.src if call.src[0].arg.globals]
+        calls = [_of_used_buffers(call) for call in linear.src if _touches_buffers(call)]
         linear = linear.replace(src=tuple(calls))
         held = {*buffers, _buffer(result)}
         return CapturedJit(result, jit_lower(linear, held, []), [], [])
@@ -72,6 +77,21 @@ def call(kernel: Kernel, *tensors: Tensor, bound: tuple[UOp, ...] = ()) -> Tenso
     return Tensor(sources[0].after(kernel(*placeholders).call(*sources, *bound)))
 
 
+def copied(tensor: Tensor, device: str | tuple[str, ...]) -> Tensor:
+    """`tensor` on `device`: itself where it is there."""
+    if tensor.device == device:
+        return tensor
+    if _active is None:
+        return tensor.to(device).contiguous()
+    target = Tensor.empty(*tensor.shape, dtype=tensor.dtype, device=device)
+    _active.add_copy(target, tensor)
+    return target
+
+
+def _touches_buffers(call: UOp) -> bool:
+    return call.src[0].op is not Ops.PROGRAM or bool(call.src[0].arg.globals)
+
+
 def _of_used_buffers(call: UOp) -> UOp:
     """A compiled call without the buffers that its kernel does not read: of one slot, which slot a row is in.
 
@@ -79,6 +99,8 @@ def _of_used_buffers(call: UOp) -> UOp:
     take the next buffer for the one that it wants.
     """
     program, *buffers_given = call.src
+    if program.op is not Ops.PROGRAM:
+        return call
     used = program.arg.globals
     if len(used) == len(buffers_given):
         return call

@@ -9,7 +9,7 @@ from tinygrad import Device, Tensor
 from tinygrad.uop.ops import KernelInfo, UOp
 
 from engine.kernels import as_written, held
-from engine.recording import call, recording
+from engine.recording import call, copied, recording
 from engine.weights import fill, upload
 
 
@@ -19,10 +19,12 @@ class SlotCopy:
     def __init__(self, caches: Sequence[Tensor]) -> None:
         self._pair = upload(np.zeros(2, dtype=np.int32))
         self._length = UOp.variable("length", 1, caches[0].shape[3])
+        devices = dict.fromkeys(str(cache.device) for cache in caches)
         with recording() as record:
+            pairs = {device: copied(self._pair, device) for device in devices}
             for cache in caches:
-                copied = copy_positions(cache, self._pair, self._length.bind(1))
-        self._graph = record.captured(copied)
+                last = copy_positions(cache, pairs[str(cache.device)], self._length.bind(1))
+        self._graph = record.captured(last)
 
     def run(self, source: int, target: int, length: int) -> None:
         """Positions 0 to `length` - 1 of slot `source` into slot `target`."""

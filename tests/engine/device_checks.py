@@ -63,6 +63,12 @@ def decoders(directory: Path) -> None:
             assert (stacked.shape, part.shape) == ((31, 512), (18, 256))
             _same(values(stacked), np.concatenate(right[:2]), kind)
             _same(values(part), right[2][3:21, 256:], kind)
+            for columns in ((32, 288), (96, 160), (0, 500)):  # within blocks; the last also within a packed group
+                cut = weights.matrix(f"{kind}.2", 24, 512, columns=columns)
+                assert cut.shape == (24, columns[1] - columns[0])
+                # cut anywhere, a matrix becomes float16
+                right_cut = right[2][:, slice(*columns)]
+                _same(values(cut), right_cut.astype(np.float16) if columns[1] % 32 else right_cut, kind)
             whole = stacked.nbytes
             assert whole <= device_bytes(kind, (32, 512)) <= whole * 32 / 31, kind  # lanes are filled up
             if np.isfinite(values(part)).all():

@@ -10,7 +10,7 @@ import json
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,11 @@ BROKEN: dict[str, tuple[str, Callable[[DecoderConfig], DecoderConfig]]] = {
 
 
 def load(
-    fixture: str, file: str, matrices: Any, change: Callable[[DecoderConfig], DecoderConfig] = lambda c: c
+    fixture: str,
+    file: str,
+    matrices: Any,
+    change: Callable[[DecoderConfig], DecoderConfig] = lambda c: c,
+    devices: Sequence[str] = (),
 ) -> GraphedModel:
     family_name, context = CASES[fixture]
     checkpoint = open_checkpoint(FIXTURES / fixture / file)
@@ -80,7 +84,7 @@ def load(
     config = change(read_config(checkpoint, family, context))
     spelled = family.spelled if file == "." else str
     with Weights(checkpoint, lambda done, total: None, spelled, matrices) as weights:
-        model = Decoder(config, weights, SLOTS, cache_length(context), 1)
+        model = Decoder(config, weights, SLOTS, cache_length(context), 1, devices)
     graphs = GraphedModel(model, SLOTS, context, on_cpu=True)
     graphs.sizes = SIZES
     for size in SIZES:

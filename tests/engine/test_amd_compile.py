@@ -1,7 +1,7 @@
 """Every kernel compiles for the GPUs' architectures with neither a card nor a system's LLVM.
 
-For AMD through llvmlite. For NVIDIA where its own libraries are: `pip install nvidia-nvjitlink nvidia-cuda-nvrtc
-nvidia-cuda-runtime`, and NVJITLINK_PATH, NVRTC_PATH and CUDA_PATH naming the first two files and the folder of `include`.
+For AMD through llvmlite. For NVIDIA where its own compilers are: `pip install nvidia-nvjitlink nvidia-cuda-nvrtc
+nvidia-cuda-runtime`, then NVJITLINK_PATH and NVRTC_PATH name the libraries' files, CUDA_PATH the folder with `include`.
 """
 
 from __future__ import annotations
