@@ -43,6 +43,7 @@ from engine.protocol import (
 from engine.self_test import open_devices, self_test
 
 if TYPE_CHECKING:
+    from engine.counting import Counter
     from engine.loading import LoadedModel
 
 HEARTBEAT_S = 1.0
@@ -111,11 +112,8 @@ class Reader(threading.Thread):
             self.outbox.send(TokenCount(request_id=message.request_id, tokens=-1, context=0, error=text))
 
 
-def count_tokens(counts: queue.Queue[CountTokens], outbox: Outbox) -> NoReturn:
+def count_tokens(counter: Counter, counts: queue.Queue[CountTokens], outbox: Outbox) -> NoReturn:
     """The counting thread: needs a model's file, not the model."""
-    from engine.counting import Counter
-
-    counter = Counter()
     while True:
         outbox.send(counter.count(counts.get()))
 
@@ -299,7 +297,11 @@ def serve(sock: socket.socket, configure: Configure, frames: Frames, waiting: li
         self_test_s = self_test(name)
     except DeviceUnusable as error:
         refuse(sock, error.code, str(error))
-    threading.Thread(target=count_tokens, args=(reader.counts, outbox), name="counter", daemon=True).start()
+    # not in its thread: two that import the models' files at once find them half there
+    from engine.counting import Counter
+
+    counting = (Counter(), reader.counts, outbox)
+    threading.Thread(target=count_tokens, args=counting, name="counter", daemon=True).start()
     limit = configure.memory_limit_bytes * len(name.devices) or facts.memory_bytes
     engine = Engine(configure, name, limit, outbox)
     engine.inbox = inbox
