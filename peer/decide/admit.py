@@ -63,6 +63,8 @@ def submit(
             details={"field": "task_type", "model_name": command.model_name, "task_types": list(task_types)},
         )
     policy = snapshot.policy
+    if snapshot.room.level in ("critical", "full"):
+        raise Overloaded(snapshot.room.message, code="store_full", retry_after_s=_ROOM_AFTER_S)
     if len(snapshot.tasks) >= policy.queue_tasks_max:
         raise Overloaded(
             f"the queue is full ({policy.queue_tasks_max} tasks); try again later",
@@ -70,8 +72,6 @@ def submit(
         )
     if snapshot.inputs_bytes + parameters_bytes > policy.queue_bytes_max:
         raise Overloaded(
-    if snapshot.room.level in ("critical", "full"):
-        raise Overloaded(snapshot.room.message, code="store_full", retry_after_s=_ROOM_AFTER_S)
             f"the queued prompts fill their {policy.queue_bytes_max} bytes; try again later",
             retry_after_s=_RETRY_AFTER_S,
         )
