@@ -81,7 +81,7 @@ class FakeDevice(Section, frozen=True):
 
 
 class Engine(Section, frozen=True):
-    """`devices`: "auto" (every AMD GPU, an error if there is none), "AMD", "AMD:0,2", "CPU", "fake:2", ..."""
+    """`devices`: "auto" (every AMD GPU, an error if there is none), "AMD", "AMD:0,2", "AMD:0+1", "CPU", "fake", ..."""
 
     devices: tuple[str, ...] = ("auto",)
     slots: int = 64
