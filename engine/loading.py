@@ -6,6 +6,7 @@ kernel cache, 2.3 to 4.6 s (2.1 s of processor time) with a filled one; 664 MB o
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import gc
 import time
@@ -51,6 +52,7 @@ class Serving(Protocol):
 class Graphs(Protocol):
     """A model on the device, whose steps are captured for each number of rows."""
 
+    slots: int
     sizes: list[int]
 
     def capture(self, size: int) -> None: ...
@@ -80,13 +82,21 @@ def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: P
     kinds = {"text_generation": _load_decoder, "embedding": _load_embeddings}
     if load.task_type not in kinds:
         raise LoadError("bad_parameters", f"the engine serves no tasks of type {load.task_type!r}")
-    batcher, graphs, context = kinds[load.task_type](load, slots, name, limit, progress)
+    failed: LoadError | None = None
+    try:
+        batcher, graphs, context = kinds[load.task_type](load, slots, name, limit, progress)
+    except LoadError as error:
+        failed = LoadError(error.code, str(error))  # the one that was raised holds what was half loaded
+    if failed is not None:
+        free_unused()
+        raise failed
     loaded = Loaded(
         model=load.model,
         memory_bytes=memory_used() - before,
         load_s=time.monotonic() - began,
         context=context,
-        slots=slots,
+        slots=graphs.slots,
+        slots_asked=slots,
         kernels_compiled=programs.compiled() - compiled_before,
     )
     return LoadedModel(batcher, graphs, loaded)
@@ -101,7 +111,9 @@ def _load_decoder(
         raise LoadError("bad_parameters", f"{slots} slots of {load.context} tokens make no sense")
     config = read_config(checkpoint, family, load.context)
     if isinstance(config, EncoderConfig):
-        raise LoadError("unsupported_architecture", f"a {load.family} model generates no text, only embeddings")
+        raise LoadError(
+            "unsupported_architecture", f"a {load.family} model generates no text, only embeddings"
+        )
     vocabulary = vocabulary_of(checkpoint)
     context = min(load.context, config.context_max)
     if len(vocabulary.pieces) > config.vocabulary:
@@ -109,8 +121,14 @@ def _load_decoder(
             load.path, f"it has {len(vocabulary.pieces)} tokens and logits for {config.vocabulary}"
         )
     on_cpu = name.kind == "CPU"
-    need = memory_needed(config, weights_bytes(checkpoint), slots, context, on_cpu, len(name.devices))
-    check_memory(load.model, need, limit, memory_available(name))
+    weights, available = weights_bytes(checkpoint), memory_available(name)
+
+    def needed(slots: int) -> int:
+        return memory_needed(config, weights, slots, context, on_cpu, len(name.devices))
+
+    slots = slots_that_fit(slots, needed, limit, available)
+    need = needed(slots)
+    check_memory(load.model, need, limit, available)
     size = checkpoint.file_size
     progress(LoadProgress(model=load.model, stage="read", done=size, total=size))
 
@@ -187,6 +205,15 @@ def memory_needed(
     return weights + config.cache_bytes(slots, length) + steps
 
 
+def slots_that_fit(asked: int, needed: Callable[[int], int], limit: int, available: int) -> int:
+    """The most slots, at most `asked`, for which `needed` bytes are free; 1 if none: `check_memory` then refuses.
+
+    The context is never cut: tasks were admitted by it. `limit` and `available` as there.
+    """
+    rooms = [limit - memory_used()] * bool(limit) + [available] * bool(available)
+    return next((slots for slots in range(asked, 1, -1) if all(needed(slots) <= room for room in rooms)), 1)
+
+
 def check_memory(model: str, need: int, limit: int, available: int) -> None:
     """Raises LoadError `out_of_memory` with the arithmetic. A limit or availability of 0 is unknown."""
     used = memory_used()
@@ -208,8 +235,17 @@ def unload_model(model: LoadedModel) -> int:
     before = memory_used()
     model.graphs.free()
     del model.batcher
-    gc.collect()
-    allocator = Device[Device.DEFAULT].allocator
-    if hasattr(allocator, "free_cache"):
-        allocator.free_cache()
+    free_unused()
     return before - memory_used()
+
+
+def free_unused() -> None:
+    """Give back what nothing refers to: the devices' freed buffers, which tinygrad keeps, and the host's."""
+    gc.collect()
+    for device in Device._opened_devices:
+        allocator = Device[device].allocator
+        if hasattr(allocator, "free_cache"):
+            allocator.free_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)

@@ -11,6 +11,7 @@ import pytest
 
 from engine.protocol import Configure, Load, Loaded, LoadFailed, Ready, Unusable
 from tests.engine.harness import REPOSITORY, EngineProcess
+from tests.engine.memory import Watched
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads spin, and cores are shared
 CACHE = REPOSITORY / ".cache" / "engine-tests"
@@ -27,13 +28,20 @@ def model_path() -> Path:
 
 
 @pytest.fixture(scope="session")
-def real(model_path: Path) -> Iterator[EngineProcess]:
+def real(loaded: tuple[EngineProcess, Watched]) -> EngineProcess:
     """CPU:LLVM with SmolLM2 loaded as "m"."""
+    return loaded[0]
+
+
+@pytest.fixture(scope="session")
+def loaded(model_path: Path) -> Iterator[tuple[EngineProcess, Watched]]:
+    """The same, and what its memory was during the load."""
     configure = Configure(worker_id="w", device="CPU:LLVM", slots_max=SLOTS, cache_dir=str(CACHE))
     with EngineProcess(configure) as engine:
         ready = engine.wait_type(Ready, Unusable, timeout_s=120)
         assert isinstance(ready, Ready), ready
-        engine.send(Load(model="m", path=str(model_path), family="llama", context=CONTEXT, slots=SLOTS))
-        loaded = engine.wait_type(Loaded, LoadFailed, timeout_s=180)
-        assert isinstance(loaded, Loaded), loaded
-        yield engine
+        with Watched(engine.process.pid) as memory:
+            engine.send(Load(model="m", path=str(model_path), family="llama", context=CONTEXT, slots=SLOTS))
+            found = engine.wait_type(Loaded, LoadFailed, timeout_s=180)
+        assert isinstance(found, Loaded), found
+        yield engine, memory

@@ -30,6 +30,7 @@ from engine.protocol import (
 )
 from tests.engine.conftest import CONTEXT, SLOTS
 from tests.engine.harness import EngineProcess
+from tests.engine.memory import Watched, held
 from tests.engine.reference import Reference
 
 pytestmark = [pytest.mark.model, pytest.mark.process]
@@ -75,6 +76,22 @@ def test_load_reports_progress_and_memory(real: EngineProcess) -> None:
     loaded = real.wait_type(Loaded)
     assert (loaded.context, loaded.slots) == (CONTEXT, SLOTS)
     assert 120e6 < loaded.memory_bytes < 250e6  # the weights are 85e6, as in the file
+
+
+def test_ready_means_that_all_its_graphs_are_captured(real: EngineProcess) -> None:
+    at = next(index for index, message in enumerate(real.seen) if isinstance(message, Loaded))
+    compiled = [m for m in real.seen[:at] if isinstance(m, LoadProgress) and m.stage == "compile"]
+    assert [m.done for m in compiled] == list(range(compiled[0].total + 1))
+    uploaded = [m for m in real.seen[:at] if isinstance(m, LoadProgress) and m.stage == "upload"]
+    assert uploaded[-1].done == uploaded[-1].total > 80e6  # bytes
+    assert not [m for m in real.seen[at:] if isinstance(m, LoadProgress) and m.model == "m"]
+
+
+def test_a_load_needs_no_second_copy_of_the_weights(loaded: tuple[EngineProcess, Watched]) -> None:
+    engine, memory = loaded
+    weights = engine.wait_type(LoadProgress).total
+    assert memory.peak_own - memory.after.own < 0.8 * weights
+    assert memory.after.files - memory.before.files < 0.5 * weights, "the model's file is still mapped"
 
 
 def test_a_plausible_answer(real: EngineProcess, alone: dict[str, str]) -> None:
@@ -232,9 +249,11 @@ def test_bad_loads_are_refused(real: EngineProcess, model_path: Path, tmp_path: 
     assert again.code == "already_loaded"
 
 
-def test_zz_unload_gives_memory_back(real: EngineProcess) -> None:
+def test_zz_unload_gives_memory_back(loaded: tuple[EngineProcess, Watched]) -> None:
     """Last: the shared model goes."""
-    loaded = real.wait_type(Loaded)
+    real, memory = loaded
+    device_bytes = real.wait_type(Loaded).memory_bytes
+    assert held(real.process.pid).shared > 0.9 * device_bytes
     run_id = start(real, "Tell me a very long story.", max_tokens=400, repetition_penalty=1.2)
     real.wait_for(lambda m: isinstance(m, Started) and m.run_id == run_id)
     real.send(Unload(model="m"))
@@ -242,6 +261,9 @@ def test_zz_unload_gives_memory_back(real: EngineProcess) -> None:
     assert isinstance(ended, RunFailed)
     assert (ended.code, ended.retryable) == ("unloaded", True)
     unloaded = real.wait_for(lambda m: isinstance(m, Unloaded) and m.model == "m")
-    assert unloaded.freed_bytes >= 0.99 * loaded.memory_bytes
+    assert unloaded.freed_bytes >= 0.99 * device_bytes
     at = len(real.seen)
     assert real.wait_type(Heartbeat, start=at).memory_used_bytes < 10e6
+    left = held(real.process.pid)
+    assert left.shared < 0.02 * device_bytes, "tinygrad keeps freed buffers for later"
+    assert left.own - memory.before.own < 0.5 * (memory.after.own - memory.before.own)
