@@ -81,6 +81,9 @@ def _present(replica: Replica) -> schemas.AssignedModel:
         memory_usage_bytes=replica.memory_bytes or None,
         load_time_seconds=round(replica.load_s, 3) if replica.load_s else None,
         progress=round(100 * replica.done / replica.total, 1) if replica.total else None,
+        stage=replica.stage or None,
+        stage_done=replica.done if replica.stage else None,
+        stage_total=replica.total or None,
         error=replica.error,
     )
 
@@ -94,6 +97,9 @@ def _wished(model_name: str) -> schemas.AssignedModel:
         memory_usage_bytes=None,
         load_time_seconds=None,
         progress=None,
+        stage=None,
+        stage_done=None,
+        stage_total=None,
         error="",
     )
 
@@ -127,7 +133,11 @@ async def list_models(call: Call) -> Reply:
             license=view.model.license,
             task_types=view.model.task_types,
             replicas=[
-                schemas.ModelReplica(worker_id=replica.worker_id, status=REPLICA_SHOWN[replica.state])
+                schemas.ModelReplica(
+                    worker_id=replica.worker_id,
+                    status=REPLICA_SHOWN[replica.state],
+                    slots=replica.slots,
+                )
                 for replica in view.replicas
             ],
             queued_tasks=view.queued,

@@ -361,7 +361,10 @@ class AssignedModel(Answer):
     load_time: str | None
     memory_usage_bytes: int | None
     load_time_seconds: float | None
-    progress: float | None  # percent of a fetch or load
+    progress: float | None  # percent of this stage
+    stage: str | None  # of a fetch or load: fetch, verify, wait, read, upload, compile
+    stage_done: int | None  # bytes; of compile graphs
+    stage_total: int | None  # null where it is not known
     error: str
 
 

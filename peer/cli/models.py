@@ -91,7 +91,8 @@ def follow_load(client: Client, model: str, worker_ids: list[str]) -> None:
                 if worker_id not in waiting:
                     continue
                 seen.add(worker_id)
-                show(worker_id, str(state["status"]), state.get("progress"))
+                stage = f", {shown(state['stage'])}" if state.get("stage") else ""
+                show(worker_id, f"{state['status']}{stage}", state.get("progress"))
                 if state["status"] in LOADED:
                     del waiting[worker_id]
                 elif state["status"] == "failed":

@@ -64,7 +64,14 @@ def worker_view(
             load_s=45.2,
             last_used=WALL - 300,
         ),
-        Replica(worker_id=worker_id, model_name="smollm2-135m", state=ReplicaState.LOADING, done=1, total=4),
+        Replica(
+            worker_id=worker_id,
+            model_name="smollm2-135m",
+            state=ReplicaState.LOADING,
+            stage="upload",
+            done=1,
+            total=4,
+        ),
     )
     report = WorkerReport(
         worker_id=worker_id,

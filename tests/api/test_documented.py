@@ -351,6 +351,9 @@ def test_assignments(client: httpx.Client) -> None:
         ("smollm2-135m", "loading"),
         ("later", "assigned"),
     ]
+    progress = {"progress": 25.0, "stage": "upload", "stage_done": 1, "stage_total": 4}
+    subset(progress, models[1])
+    subset(dict.fromkeys(progress), models[2])
 
 
 def test_rebalance(client: httpx.Client) -> None:

@@ -336,15 +336,15 @@ def test_models_load_and_unload(run: Run, stub: Stub) -> None:
         {"assignment_id": "a", "model_name": "m", "assignments": [placed]},
     )
 
-    def state(status: str, problem: str = "") -> tuple[int, Any]:
-        replica = {"name": "m", "status": status, "progress": 50.0, "error": problem}
+    def state(status: str, problem: str = "", stage: str | None = None) -> tuple[int, Any]:
+        replica = {"name": "m", "status": status, "stage": stage, "progress": 50.0, "error": problem}
         return 200, {"assignments": [{"worker_id": "w-1", "models": [replica]}]}
 
-    stub.replies["GET /models/assignments"] = [state("loading"), state("loaded")]
+    stub.replies["GET /models/assignments"] = [state("loading", stage="upload"), state("loaded")]
     ran = run("load", "m", "--worker", "w-1")
     assert ran.code == 0
     assert "w-1: loading, 45s estimated (fits best)" in ran.out
-    assert ran.err.splitlines() == ["m on w-1: loading", "m on w-1: loaded"]
+    assert ran.err.splitlines() == ["m on w-1: loading, upload", "m on w-1: loaded"]
     stub.replies["GET /models/assignments"] = state("failed", "out of memory")
     ran = run("load", "m")
     assert ran.code == 1
