@@ -139,6 +139,7 @@ class Loaded(Message, frozen=True, tag="loaded"):
     load_s: float
     context: int
     slots: int
+    slots_asked: int = 0  # more than `slots`: so many did not fit into the memory. 0: not told
     kernels_compiled: int = 0  # that were not in the cache
 
 
