@@ -80,6 +80,21 @@ class FakeDevice(Section, frozen=True):
     fault: Literal["none", "hang", "die", "slow", "wrong", "out_of_memory", "hot"] = "none"
 
 
+class Stall(Section, frozen=True):
+    """For how long an engine may give no sign of life in each phase before it is ended."""
+
+    start_s: float = limits.STALL_S["start"]
+    idle_s: float = limits.STALL_S["idle"]
+    load_s: float = limits.STALL_S["load"]
+    warmup_s: float = limits.STALL_S["warmup"]
+    prefill_s: float = limits.STALL_S["prefill"]
+    decode_s: float = limits.STALL_S["decode"]
+
+    def by_phase(self) -> dict[str, float]:
+        """As `engine.protocol.Phase` names them."""
+        return {phase: getattr(self, f"{phase}_s") for phase in limits.STALL_S}
+
+
 class Engine(Section, frozen=True):
     """`devices`: "auto" (every AMD GPU, an error if there is none), "AMD", "AMD:0,2", "AMD:0+1", "CPU", "fake", ..."""
 
@@ -87,6 +102,7 @@ class Engine(Section, frozen=True):
     slots: int = 64
     memory_limit_bytes: int = 0  # 0: the device's own
     memory_reserve_bytes: int = 256 * 1024 * 1024  # of each device, kept free
+    stall: Stall = Stall()
     fake: FakeDevice = FakeDevice()
 
 
@@ -164,6 +180,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "engine.slots": (1, 256),
     "engine.memory_limit_bytes": (0, 1024**5),
     "engine.memory_reserve_bytes": (0, 1024**4),
+    **{f"engine.stall.{phase}_s": (3, 7_200) for phase in limits.STALL_S},  # idle engines speak once a second
     "engine.fake.tokens_per_s": (0, 1_000_000),
     "engine.fake.load_s": (0, 3_600),
     "engine.fake.model_memory_bytes": (1, 1024**5),

@@ -28,7 +28,7 @@ from peer.adapters.catalogue import read_catalogue
 from peer.adapters.clock import SystemClock, SystemEntropy
 from peer.adapters.cluster_files import ClusterFiles
 from peer.adapters.devices import find_devices
-from peer.adapters.engine_process import EngineProcess
+from peer.adapters.engine_process import EngineLimits, EngineProcess
 from peer.adapters.fetch import Fetcher
 from peer.adapters.service_manager import ServiceManager
 from peer.adapters.sqlite_store import SqliteStore
@@ -283,6 +283,7 @@ class _Node:
             memory_limit_bytes=self._config.engine.memory_limit_bytes,
             cache_dir=str(cache),
             fake=msgspec.to_builtins(self._config.engine.fake),
+            allowed=EngineLimits(stall_s=self._config.engine.stall.by_phase()),
         )
 
     async def _admin_key(self, cluster: Cluster, nursery: trio.Nursery) -> None:
