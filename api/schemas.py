@@ -378,8 +378,11 @@ class AssignmentList(Read):
 
 
 class ModelReplica(Answer):
+    """`slots`: tasks that it works on at once; until it is loaded, those that are asked for."""
+
     worker_id: str
     status: str
+    slots: int
 
 
 class CatalogueModel(Answer):

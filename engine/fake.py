@@ -81,6 +81,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     tokens_per_s: float = 0.0
     temperature_c: float = 45.0
     context_max: int = 8192
+    slots_fit: int = 0  # into its memory; 0: all that are asked for
     fault: str = "none"
 
 
@@ -362,8 +363,11 @@ class FakeEngine:
 
     # ------------------------------------------------------------ steps
 
+    def _slots(self, load: Load) -> int:
+        return min(load.slots, self._configure.slots_max, self._settings.slots_fit or load.slots)
+
     def _has_slot(self, model: FakeModel) -> bool:
-        free = self._active_total < self._configure.slots_max and len(model.active) < model.load.slots
+        free = self._active_total < self._configure.slots_max and len(model.active) < self._slots(model.load)
         return model.loaded and free
 
     def _embed(self, run: Run, model: FakeModel) -> None:
@@ -462,7 +466,8 @@ class FakeEngine:
                 memory_bytes=need,
                 load_s=now - model.began_s,
                 context=load.context,
-                slots=min(load.slots, self._configure.slots_max),
+                slots=self._slots(load),
+                slots_asked=min(load.slots, self._configure.slots_max),
             )
         )
 

@@ -249,6 +249,8 @@ class Engine:
                 "loaded",
                 model=load.model,
                 load_s=round(model.loaded.load_s, 3),
+                slots=model.loaded.slots,
+                slots_asked=model.loaded.slots_asked,
                 kernels_compiled=model.loaded.kernels_compiled,
             )
         except LoadError as error:

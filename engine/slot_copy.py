@@ -19,7 +19,7 @@ class SlotCopy:
     def __init__(self, caches: Sequence[Tensor]) -> None:
         self._pair = upload(np.zeros(2, dtype=np.int32))
         self._length = UOp.variable("length", 1, caches[0].shape[3])
-        devices = dict.fromkeys(str(cache.device) for cache in caches)
+        self._devices = devices = dict.fromkeys(str(cache.device) for cache in caches)
         with recording() as record:
             pairs = {device: copied(self._pair, device) for device in devices}
             for cache in caches:
@@ -30,7 +30,8 @@ class SlotCopy:
         """Positions 0 to `length` - 1 of slot `source` into slot `target`."""
         fill(self._pair, np.array([source, target], dtype=np.int32))
         self._graph([], {self._length.expr: length})
-        Device[Device.DEFAULT].synchronize()  # the next `fill` would overtake it
+        for device in self._devices:  # the next `fill` would overtake it
+            Device[device].synchronize()
 
     def free(self) -> None:
         self._graph.free_intermediates()

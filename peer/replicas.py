@@ -163,20 +163,34 @@ class Replicas:
         held.memory_bytes, held.load_s = message.memory_bytes, message.load_s
         held.context, held.slots, held.failures = message.context, message.slots, 0
         self._enter(held, ReplicaState.READY)
-        self._host.report(
-            ReplicaLoaded(
-                worker_id=self._worker.worker_id,
-                model_name=message.model,
-                device_name=self._worker.device_name,
-                memory_bytes=message.memory_bytes,
-                load_s=message.load_s,
+        if message.slots < message.slots_asked:
+            self._tell_fewer_slots(message)
+        else:
+            self._host.report(
+                ReplicaLoaded(
+                    worker_id=self._worker.worker_id,
+                    model_name=message.model,
+                    device_name=self._worker.device_name,
+                    memory_bytes=message.memory_bytes,
+                    load_s=message.load_s,
+                )
             )
-        )
         log.info(
             "model_loaded",
             worker_id=self._worker.worker_id,
             model=message.model,
             load_s=round(message.load_s, 3),
+        )
+
+    def _tell_fewer_slots(self, message: Loaded) -> None:
+        """What it took is not what such a model takes: it is no measure for other devices, and not reported as one."""
+        log.warning(
+            "fewer_slots",
+            worker_id=self._worker.worker_id,
+            model=message.model,
+            slots=message.slots,
+            asked=message.slots_asked,
+            reason="the device's memory is too small for all: the model works on fewer tasks at a time",
         )
 
     def _on_load_failed(self, message: LoadFailed) -> None:

@@ -350,8 +350,12 @@ class FakeCluster:
         )
 
     async def _ListModels(self, request: command.ListModels) -> tuple[command.ModelView, ...]:
+        on = self.workers["worker-001"].replicas
         return tuple(
-            command.ModelView(model=model, replicas=(), queued=0) for model in self.catalogue.values()
+            command.ModelView(
+                model=model, replicas=tuple(r for r in on if r.model_name == model.name), queued=0
+            )
+            for model in self.catalogue.values()
         )
 
     async def _GetStatus(self, request: command.GetStatus) -> command.ClusterStatus:

@@ -63,6 +63,7 @@ def worker_view(
             memory_bytes=int(6.5 * GIB),
             load_s=45.2,
             last_used=WALL - 300,
+            slots=3,
         ),
         Replica(
             worker_id=worker_id,

@@ -403,6 +403,7 @@ def test_metrics(client: httpx.Client, timeframe: str) -> None:
 def test_models(client: httpx.Client) -> None:
     body = client.get("/models").json()
     assert [model["name"] for model in body["models"]] == ["llama-2-7b", "smollm2-135m"]
+    assert body["models"][0]["replicas"] == [{"worker_id": "worker-001", "status": "loaded", "slots": 3}]
 
 
 def test_keys(client: httpx.Client, server: RunningServer) -> None:

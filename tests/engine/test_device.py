@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from engine import device
 from engine.errors import DeviceUnusable
-from engine.protocol import Configure, Load, LoadFailed, Ready, Unusable
+from engine.protocol import Configure, Finished, Load, Loaded, LoadFailed, Ready, Unusable
 from tests.engine.conftest import CACHE
+from tests.engine.family_checks import FIXTURES
 from tests.engine.harness import EngineProcess
 
 
@@ -113,8 +115,30 @@ def test_a_cache_others_can_write_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+def test_fewer_slots_are_made_where_not_all_fit() -> None:
+    """Refused with what one slot needs; with so much memory it has one, and serves."""
+    load = Load(model="m", path=str(FIXTURES / "llama3/model.gguf"), family="llama", context=128, slots=8)
+    configure = Configure(worker_id="w", device="CPU", memory_limit_bytes=10_000, cache_dir=str(CACHE))
+    with EngineProcess(configure) as engine:
+        engine.send(load)
+        failed = engine.wait_type(LoadFailed, Unusable, timeout_s=60)
+        assert failed.code == "out_of_memory"
+        needed = int(failed.message.split(" needs ")[1].split()[0])
+    with EngineProcess(msgspec.structs.replace(configure, memory_limit_bytes=needed + 1000)) as engine:
+        engine.send(load)
+        loaded = engine.wait_type(Loaded, LoadFailed, Unusable, timeout_s=120)
+        assert isinstance(loaded, Loaded), loaded
+        assert (loaded.slots, loaded.slots_asked, loaded.context) == (1, 8, 128)
+        assert loaded.memory_bytes <= needed
+        for number in range(2):
+            engine.run(f"t/{number}", prompt="the moon", temperature=0, max_tokens=4)
+        for number in range(2):
+            assert isinstance(engine.wait_end(f"t/{number}"), Finished)
+
+
+@pytest.mark.process
 def test_a_model_that_does_not_fit(model_path: Path) -> None:
-    limit = 300_000_000
+    limit = 60_000_000
     configure = Configure(worker_id="w", device="CPU", memory_limit_bytes=limit, cache_dir=str(CACHE))
     with EngineProcess(configure) as engine:
         assert engine.wait_type(Ready, Unusable, timeout_s=60).memory_total_bytes == limit

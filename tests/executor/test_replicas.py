@@ -72,6 +72,13 @@ async def test_a_model_that_does_not_fit_fails_with_the_engines_words() -> None:
         assert failed.memory_bytes == 0
 
 
+async def test_fewer_slots_than_asked_for_are_told_and_are_no_measure_for_others() -> None:
+    async with rig(load=False, fake={"slots_fit": 2}) as it:
+        await order_load(it)
+        assert (await it.replica(ReplicaState.READY, "m")).slots == 2
+        assert not [report for report in it.sink.seen if isinstance(report, ReplicaLoaded)]
+
+
 async def test_unloading_interrupts_runs_and_is_idempotent() -> None:
     async with rig(fake={"tokens_per_s": 2}) as it:
         await it.run(prompt="a b c d e f")
