@@ -87,6 +87,8 @@ def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: P
         batcher, graphs, context = kinds[load.task_type](load, slots, name, limit, progress)
     except LoadError as error:
         failed = LoadError(error.code, str(error))  # the one that was raised holds what was half loaded
+    except MemoryError:
+        failed = LoadError("out_of_memory", f"the host's memory ended while {load.model} was read")
     if failed is not None:
         free_unused()
         raise failed

@@ -118,6 +118,13 @@ def count_tokens(counter: Counter, counts: queue.Queue[CountTokens], outbox: Out
         outbox.send(counter.count(counts.get()))
 
 
+def end_with_a_thread(failure: threading.ExceptHookArgs) -> NoReturn:
+    """What an unforeseen exception does in the other threads: without them the engine would be deaf, or not count."""
+    name = failure.thread.name if failure.thread is not None else "unknown"
+    log("thread_failed", thread=name, error=f"{failure.exc_type.__name__}: {failure.exc_value}")
+    exit_now(EXIT_FAULT)
+
+
 class Engine:
     """What the device's thread does."""
 
@@ -289,6 +296,7 @@ def serve(sock: socket.socket, configure: Configure, frames: Frames, waiting: li
     outbox = reader.outbox = Outbox(sock)
     for message in waiting:
         reader.deliver(message)
+    threading.excepthook = end_with_a_thread
     reader.start()
     outbox.send(Heartbeat(phase="start", step=0))
     try:
