@@ -140,7 +140,7 @@ class Deciding:
         work.take(rebalance.advance(snapshot, now))
         work.take(recover.announce(snapshot, now))
         work.take(retain.forget_plans(snapshot))
-        work.take(space.announce(snapshot))
+        work.take(space.tell_room(snapshot))
         work.take(self._registrar.tick(now))
         if int(now) != self._sampled_at:
             self._sampled_at = int(now)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from msgspec.structs import replace as changed
 
 from peer.decide.admit import nearest, unknown_model
@@ -22,7 +24,7 @@ from peer.decide.workers import (
     usable,
 )
 from peer.errors import Conflict, NotFound
-from peer.limits import LOADS_FAILED_MAX, WORKER_SILENT_S
+from peer.limits import KEPT_OUT_S, LOADS_FAILED_MAX, TURN_LOADS, TURN_S, WORKER_SILENT_S
 from peer.state.command import (
     AssignModel,
     AssignReply,
@@ -265,7 +267,7 @@ def reconcile(snapshot: Snapshot, now: float) -> Decision:
         waits = leaves(snapshot, wish.worker_id) or not _may_load(snapshot, now, wish.worker_id, begun)
         if model is None or waits:
             continue
-        if _begin(snapshot, now, model, wish.worker_id, decision):
+        if _begin(snapshot, now, model, wish.worker_id, decision, _evictable(snapshot, wish.worker_id)):
             begun[wish.worker_id] = None
     candidates: list[str] | None = None
     for model_name in sorted(snapshot.queues, key=lambda name: snapshot.queues[name][0]):
@@ -274,11 +276,47 @@ def reconcile(snapshot: Snapshot, now: float) -> Decision:
             continue
         if candidates is None:
             candidates = [w for w in usable(snapshot, now) if _may_load(snapshot, now, w, begun)]
-        for worker_id in _by_preference(snapshot, model, candidates):
-            if _begin(snapshot, now, model, worker_id, decision):
+        for worker_id, may_go in _attempts(snapshot, now, model, candidates):
+            if _begin(snapshot, now, model, worker_id, decision, may_go):
                 candidates.remove(worker_id)
                 break
     return decision
+
+
+def _attempts(
+    snapshot: Snapshot, now: float, model: Model, candidates: list[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """Workers to load a model on that tasks wait for, and what may go there for it: idle models, and if that does not
+    help and they have waited long enough, busy ones."""
+    able = _by_preference(snapshot, model, candidates)
+    for worker_id in able:
+        yield worker_id, _evictable(snapshot, worker_id)
+    (_, first), *_ = snapshot.queues[model.name]
+    if now - snapshot.tasks[first].created_at < KEPT_OUT_S:
+        return
+    busy = {worker_id: _had_their_turn(snapshot, now, model, worker_id) for worker_id in able}
+    for worker_id in sorted(able, key=lambda w: (sum(held_of(snapshot, w, name) for name in busy[w]), w)):
+        if busy[worker_id]:
+            yield worker_id, _evictable(snapshot, worker_id) + busy[worker_id]
+
+
+def _had_their_turn(snapshot: Snapshot, now: float, model: Model, worker_id: str) -> list[str]:
+    """Ready models that only tasks hold here, and none that goes before this model's: they drain when they have been
+    here for long enough to be worth their loads."""
+    first = snapshot.queues[model.name][0]
+    turn_s = max(TURN_S, TURN_LOADS * load_seconds(snapshot, model, worker_id))
+    moving_here = _moving_to(snapshot, worker_id)
+    found = [
+        r.model_name
+        for r in snapshot.replicas[worker_id].values()
+        if takes_tasks(snapshot, r)
+        and not 0 <= now - r.since < turn_s
+        and (worker_id, r.model_name) not in snapshot.assignments
+        and r.model_name not in moving_here
+        and (held_of(snapshot, worker_id, r.model_name) or r.model_name in snapshot.queues)
+        and snapshot.queues.get(r.model_name, [first])[0] >= first
+    ]
+    return sorted(found, key=lambda name: (held_of(snapshot, worker_id, name), name))
 
 
 def _finish_drains(snapshot: Snapshot, now: float, decision: Decision) -> None:
@@ -340,7 +378,9 @@ def _by_preference(snapshot: Snapshot, model: Model, idle: list[str]) -> list[st
     )
 
 
-def _begin(snapshot: Snapshot, now: float, model: Model, worker_id: str, decision: Decision) -> bool:
+def _begin(
+    snapshot: Snapshot, now: float, model: Model, worker_id: str, decision: Decision, may_go: list[str]
+) -> bool:
     """Load if it fits; else make room for a later round, if that is enough. False: nothing was begun here."""
     replica = snapshot.replicas[worker_id].get(model.name)
     if replica is not None and (
@@ -357,7 +397,7 @@ def _begin(snapshot: Snapshot, now: float, model: Model, worker_id: str, decisio
         return True
     going = {m for w, m in snapshot.draining if w == worker_id}
     leaving = []
-    for name in _evictable(snapshot, worker_id):
+    for name in may_go:
         if needed <= memory(snapshot, worker_id, without=frozenset(going)).free:
             break
         if name not in going:
@@ -373,12 +413,7 @@ def _begin(snapshot: Snapshot, now: float, model: Model, worker_id: str, decisio
 
 def _evictable(snapshot: Snapshot, worker_id: str) -> list[str]:
     """Ready models that no wish, no task and no move under way holds here, the least recently used first."""
-    moving_here = [
-        move.model
-        for plan in snapshot.under_way.values()
-        for move in plan.moves
-        if move.to_worker == worker_id and move.state in ("loading", "draining")
-    ]
+    moving_here = _moving_to(snapshot, worker_id)
     free = [
         r
         for r in snapshot.replicas.get(worker_id, {}).values()
@@ -389,3 +424,12 @@ def _evictable(snapshot: Snapshot, worker_id: str) -> list[str]:
         and r.model_name not in moving_here
     ]
     return [r.model_name for r in sorted(free, key=lambda r: (r.last_used, r.model_name))]
+
+
+def _moving_to(snapshot: Snapshot, worker_id: str) -> list[str]:
+    return [
+        move.model
+        for plan in snapshot.under_way.values()
+        for move in plan.moves
+        if move.to_worker == worker_id and move.state in ("loading", "draining")
+    ]

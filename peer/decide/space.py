@@ -189,7 +189,7 @@ def _thin(space: Space, memory: Memory, leads: bool, led: bool, now: float) -> t
     return Defragment(alone=True, reason=why), ""
 
 
-def announce(snapshot: Snapshot) -> Decision:
+def tell_room(snapshot: Snapshot) -> Decision:
     """The leader tells when a level begins or ends."""
     room, before = snapshot.room, snapshot.room_told
     if room.level == before:

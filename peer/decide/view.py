@@ -86,7 +86,9 @@ def _not_loaded(snapshot: Snapshot, model: Model, worker_id: str) -> str:
     needed = memory_needed(snapshot, model, worker_id)
     room = memory(snapshot, worker_id)
     if needed > room.free:
-        return f"{model.name} does not fit: it {room.arithmetic(needed)}"
+        going = [name for w, name in snapshot.draining if w == worker_id]
+        leave = f"; {' and '.join(going)} will be unloaded when its tasks end" if going else ""
+        return f"{model.name} does not fit: it {room.arithmetic(needed)}{leave}"
     busy = [
         r.model_name
         for r in snapshot.replicas[worker_id].values()

@@ -430,6 +430,14 @@ def _plans_all_the_time(decisions: Decisions) -> None:
     decisions.replan = decide
 
 
+def _busy_models_stay(decisions: Decisions) -> None:
+    def reconcile(snapshot: Snapshot, now: float) -> Decision:
+        with _replaced(place, "KEPT_OUT_S", float("inf")):
+            return place.reconcile(snapshot, now)
+
+    decisions.reconcile = reconcile
+
+
 BUGS: dict[str, Switch] = {
     "requeue_keeps_attempt": _requeue_keeps_attempt,
     "accepts_dead_results": _accepts_dead_results,
@@ -462,4 +470,5 @@ BUGS: dict[str, Switch] = {
     "empties_nothing": _empties_nothing,
     "forgets_leaving_hosts": _forgets_leaving_hosts,
     "plans_all_the_time": _plans_all_the_time,
+    "busy_models_stay": _busy_models_stay,
 }

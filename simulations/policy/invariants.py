@@ -42,6 +42,7 @@ from simulations.policy.losses import Losses
 from simulations.policy.slots import Slots
 from simulations.policy.sometimes import Sometimes, transition_name
 from simulations.policy.store import SimStore
+from simulations.policy.turns import Turns
 
 _LATE_S = 3.0  # how long after its time a tick may act, with a slow store
 _NO_STRIKE = frozenset(
@@ -72,6 +73,7 @@ class Checker:
         self.losses = Losses(self)
         self._slots = Slots(self, self.losses)
         self.leavings = Leavings(self)
+        self._turns = Turns(self)
         self._events_last = 0
         self._published_last = 0
         self._leader_since = 0.0
@@ -109,6 +111,7 @@ class Checker:
                         self._not_the_last(snapshot, worker_id, model_name)
                     elif name == "reconcile":
                         self._sometimes.saw("eviction for room")
+                        self._turns.gives_way(snapshot, worker_id, model_name)
                 case Heard(report=report):
                     self._slots.touch(report.worker_id)
                     self.losses.heard(report, now, snapshot)
@@ -438,6 +441,7 @@ class Checker:
         over = [i for deadline, i in snapshot.deadlines[:1] if deadline < now - late]
         self.check("deadlines are kept", not over, f"{over} should have timed out")
         self.losses.timely(snapshot, now, late)
+        self._turns.timely(snapshot, now, late)
 
     # ------------------------------------------------------------ clients
 

@@ -12,7 +12,7 @@ from dataclasses import replace as changed
 from typing import Any, NoReturn, Protocol
 
 from peer import limits
-from peer.decide import admit, lose, meter, place, record, recover, replan, retain, schedule
+from peer.decide import admit, lose, meter, place, record, recover, replan, retain, schedule, space
 from peer.decide import rebalance as moves
 from peer.decide.batch import Batch
 from peer.decide.decision import Decision
@@ -64,6 +64,7 @@ class Decisions:
     advance: Callable[..., Decision] = moves.advance
     announce: Callable[..., Decision] = recover.announce
     forget_plans: Callable[..., Decision] = retain.forget_plans
+    tell_room: Callable[..., Decision] = space.tell_room
     sample_gauges: Callable[..., Decision] = meter.sample_gauges
     roll_up: Callable[..., Decision] = meter.roll_up
     drain_host: Callable[..., Decision] = replan.drain_host
@@ -80,6 +81,7 @@ class Decisions:
 TICK = (
     ("wake", True), ("lose", True), ("time_out", True), ("lost_attempts", True), ("hopeless", True),
     ("reconcile", True), ("advance", True), ("announce", True), ("forget_plans", False),
+    ("tell_room", False),
 )  # fmt: skip
 TICK_EACH_SECOND = (("sample_gauges", True), ("roll_up", True))
 

@@ -177,9 +177,9 @@ ROOM = Room(level="warning", used_bytes=700, file_bytes=800, quota_bytes=1_000, 
 
 def test_a_change_of_level_is_told_once() -> None:
     world = World()
-    assert space.announce(world.s).events == []
+    assert space.tell_room(world.s).events == []
     world.s.room = ROOM
-    world.take(space.announce(world.s))
+    world.take(space.tell_room(world.s))
     assert world.data("store_alert") == {
         "level": "warning",
         "raised": True,
@@ -188,12 +188,12 @@ def test_a_change_of_level_is_told_once() -> None:
         "unit": "%",
         "message": "70 % are used",
     }
-    assert space.announce(world.s).events == []
+    assert space.tell_room(world.s).events == []
     world.s.room = replace(ROOM, level="critical", used_bytes=850)
-    world.take(space.announce(world.s))
+    world.take(space.tell_room(world.s))
     assert world.data("store_alert")["threshold"] == 85.0
     world.s.room = replace(ROOM, level="", used_bytes=100, message="")
-    world.take(space.announce(world.s))
+    world.take(space.tell_room(world.s))
     told = world.data("store_alert")
     assert (told["level"], told["raised"], told["message"]) == ("critical", False, "the store has room again")
 
