@@ -15,7 +15,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-from engine.matrices import Matrix, Part
+from engine.matrices import LANES, DenseForm, Matrix, PackedForm, Part
 from engine.recording import call
 
 LOG2_E = 1.4426950408889634
@@ -41,11 +41,14 @@ def _divisor(size: int, choices: tuple[int, ...]) -> int:
     return next((choice for choice in choices if size % choice == 0), 1)
 
 
-def _cpu_matmul_opts(rows: int, outputs: int, inputs: int, threads: int) -> tuple[Opt, ...]:
+def _cpu_matmul_opts(rows: int, form: DenseForm | PackedForm, threads: int) -> tuple[Opt, ...]:
     """Loop shapes measured to be fastest through LLVM 22: the sum over inputs is left to its loop vectoriser.
 
     Several rows share each weight that is loaded (upcast over rows); two outputs at once hide the latency of adds.
     """
+    outputs = form.outputs
+    # of whole panels tinygrad makes two loops, over panels and over lanes, and the first one is what can be cut
+    lanes = LANES if isinstance(form, PackedForm) and outputs % LANES == 0 else 1
     opts: list[Opt] = []
     outputs_axis = 0
     if rows > 1:
@@ -53,10 +56,10 @@ def _cpu_matmul_opts(rows: int, outputs: int, inputs: int, threads: int) -> tupl
         if block > 1:
             opts.append(Opt(OptOps.UPCAST, 0, block))
         outputs_axis = 1 if rows > block else 0
-        if outputs % 2 == 0 and rows >= 8:
+        if outputs // lanes % 2 == 0 and rows >= 8:
             opts.append(Opt(OptOps.UPCAST, outputs_axis, 2))
             outputs //= 2
-    if threads > 1 and outputs % threads == 0 and rows * outputs * inputs >= THREADED_MACS_MIN:
+    if threads > 1 and outputs // lanes % threads == 0 and rows * outputs * form.inputs >= THREADED_MACS_MIN:
         opts.append(Opt(OptOps.THREAD, outputs_axis, threads))
     return tuple(opts)
 
@@ -127,7 +130,7 @@ def _product(
     values, norm = (x.x, (x.inverse, x.weight)) if isinstance(x, Normed) else (x, ())
     rows, inputs = values.shape
     extras = [*norm, *(tensor for tensor in (bias, residual) if tensor is not None)]
-    opts = _cpu_matmul_opts(rows, form.outputs, inputs, threads) if _on_cpu(values) else None
+    opts = _cpu_matmul_opts(rows, form, threads) if _on_cpu(values) else None
 
     def kernel(out: UOp, x: UOp, *more: UOp) -> UOp:
         r, o = UOp.range(rows, 0), UOp.range(form.outputs, 1)

@@ -63,7 +63,7 @@ def decoders(directory: Path) -> None:
             assert (stacked.shape, part.shape) == ((31, 512), (18, 256))
             _same(values(stacked), np.concatenate(right[:2]), kind)
             _same(values(part), right[2][3:21, 256:], kind)
-            for columns in ((32, 288), (96, 160), (0, 500)):  # within blocks; the last also within a packed group
+            for columns in ((32, 288), (96, 160), (0, 500)):  # the last one within a packed group, too
                 cut = weights.matrix(f"{kind}.2", 24, 512, columns=columns)
                 assert cut.shape == (24, columns[1] - columns[0])
                 # cut anywhere, a matrix becomes float16
@@ -71,8 +71,10 @@ def decoders(directory: Path) -> None:
                 _same(values(cut), right_cut.astype(np.float16) if columns[1] % 32 else right_cut, kind)
             whole = stacked.nbytes
             assert whole <= device_bytes(kind, (32, 512)) <= whole * 32 / 31, kind  # lanes are filled up
-            if np.isfinite(values(part)).all():
-                product(part, values(part))
+            panels = weights.matrix(f"{kind}.2", 24, 512, rows=(0, 16))  # an odd number of whole ones
+            for some in (part, panels):
+                if np.isfinite(values(some)).all():
+                    product(some, values(some))
         weights.finish()
 
 
@@ -101,11 +103,11 @@ def product(matrix: Matrix, weights: np.ndarray) -> None:
         got = kernels.matmul(given, matrix, bias=upload(bias), residual=upload(residual)).numpy()
         normed = x * inverse[:, None] * norm
         for ours, values, added in (
-            (got, normed, bias + residual),
-            (kernels.matmul(upload(x), matrix).numpy(), x, np.zeros_like(residual)),
+            (got, normed, (bias, residual)),
+            (kernels.matmul(upload(x), matrix).numpy(), x, ()),
         ):
-            right = values.astype(np.float64) @ weights.T + added
-            largest = np.abs(values).astype(np.float64) @ np.abs(weights).T + np.abs(added)
+            right = values.astype(np.float64) @ weights.T + sum(added)
+            largest = np.abs(values).astype(np.float64) @ np.abs(weights).T + sum(map(np.abs, added))
             assert (np.abs(ours - right) <= 5e-5 * largest).all()
 
 

@@ -77,6 +77,7 @@ def load(
     matrices: Any,
     change: Callable[[DecoderConfig], DecoderConfig] = lambda c: c,
     devices: Sequence[str] = (),
+    sizes: Sequence[int] = SIZES,
 ) -> GraphedModel:
     family_name, context = CASES[fixture]
     checkpoint = open_checkpoint(FIXTURES / fixture / file)
@@ -86,8 +87,8 @@ def load(
     with Weights(checkpoint, lambda done, total: None, spelled, matrices) as weights:
         model = Decoder(config, weights, SLOTS, cache_length(context), 1, devices)
     graphs = GraphedModel(model, SLOTS, context, on_cpu=True)
-    graphs.sizes = SIZES
-    for size in SIZES:
+    graphs.sizes = list(sizes)
+    for size in graphs.sizes:
         graphs.capture(size)
     return graphs
 
