@@ -28,6 +28,17 @@ def model_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def gemma_path() -> Path:
+    """Gemma 3 270M in Q4_K_M, too large for every run of the tests: `make bench-engine` leaves it in .bench."""
+    path = Path(os.environ.get("GEMMA3_270M", REPOSITORY / ".bench" / "gemma-3-270m-q4_k_m.gguf"))
+    if not path.exists():
+        pytest.skip(
+            f"there is no {path}: name it in GEMMA3_270M, or `make bench-engine ARGS='--only perplexity'`"
+        )
+    return path
+
+
+@pytest.fixture(scope="session")
 def real(loaded: tuple[EngineProcess, Watched]) -> EngineProcess:
     """CPU:LLVM with SmolLM2 loaded as "m"."""
     return loaded[0]
