@@ -19,6 +19,7 @@ from peer.errors import ConfigError
 from peer.state.enrol import Enrolled
 from tests.adapters.pki import Pki
 from tests.cli.conftest import Run
+from tests.cli.stub import Stub
 
 FACTS = {
     "tinygrad": "0.13.0",
@@ -245,6 +246,28 @@ def test_hosts_of_a_cluster_trust_each_other_and_nobody_else(run: Run, tmp_path:
     forged(file, signer=certificate[certificate.index("-----BEGIN CERT") :])
     member(ours, tmp_path / "d", "gpu-d")
     assert refused(run, file, data_dir=tmp_path / "d")[0] == Exit.UNAUTHORIZED
+
+
+def test_a_peer_that_runs_here_is_asked_whether_the_signer_was_revoked(
+    run: Run, stub: Stub, tmp_path: Path
+) -> None:
+    (tmp_path / "pki").mkdir()
+    pki = Pki(tmp_path / "pki")
+    member(pki, tmp_path / "a", "gpu-a")
+    member(pki, tmp_path / "b", "gpu-b")
+    engine_cache.merge(ROWS, HERE, cache_of(tmp_path / "a").parent)
+    file = tmp_path / "kernels"
+    run("engine-cache", "export", str(file), "--device", "CPU", "--data-dir", str(tmp_path / "a"))
+    (tmp_path / "b" / "peer.json").write_text(msgspec.json.encode({"url": stub.url, "pid": 1}).decode())
+    (tmp_path / "b" / "admin.key").write_text("blk_id_secret")
+    stub.replies["GET /cluster/hosts"] = (200, {"hosts": [{"peer_id": "gpu-a", "status": "revoked"}]})
+    code, said = refused(run, file, data_dir=tmp_path / "b")
+    assert (code, "has been revoked" in said) == (Exit.UNAUTHORIZED, True)
+    stub.replies["GET /cluster/hosts"] = (200, {"hosts": [{"peer_id": "gpu-a", "status": "offline"}]})
+    assert (
+        run("engine-cache", "import", str(file), "--device", "CPU", "--data-dir", str(tmp_path / "b")).code
+        == 0
+    )
 
 
 def test_a_certificate_that_has_ended_signs_nothing(run: Run, tmp_path: Path) -> None:
