@@ -40,7 +40,7 @@ def shares(
             "not_shareable",
             f"the model's {groups} key/value heads cannot be shared by {count} devices: join as many as divide it",
         )
-    if feed_forward // block < count:
+    if count > 1 and feed_forward // block < count:
         raise LoadError(
             "not_shareable",
             f"the model's feed-forward of {feed_forward} lies in blocks of {block}, too few for {count} devices",

@@ -1,0 +1,87 @@
+"""A model shared by several devices: the same logits as on one, each device with its share of the memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.errors import LoadError
+from engine.protocol import Configure, Load, Loaded, LoadFailed, Ready, Unusable
+from engine.sharing import shares
+from tests.engine.conftest import CACHE
+from tests.engine.devices import check_models, compare
+from tests.engine.family_checks import FIXTURES
+from tests.engine.harness import REPOSITORY, EngineProcess
+
+# quantised; experts; heads that end within a block; norms of heads; fused and tied matrices
+FAMILIES = ["llama:gguf", "mixtral:folder", "qwen2:gguf", "qwen3:gguf", "phi4:folder"]
+
+
+def test_uneven_shares() -> None:
+    two, three = shares(["a", "b"], 6, 160, 250, 32), shares(["a", "b", "c"], 6, 160, 250, 32)
+    assert [share.feed_forward for share in two] == [(0, 64), (64, 160)]
+    assert [share.groups for share in three] == [(0, 2), (2, 4), (4, 6)]
+    assert [share.vocabulary for share in three] == [(0, 83), (83, 166), (166, 250)]
+    assert [share.first for share in three] == [True, False, False]
+    assert shares(["a"], 1, 7, 5, 32)[0].feed_forward == (0, 7)
+
+
+@pytest.mark.parametrize(
+    ("devices", "groups", "words"),
+    [(4, 6, "6 key/value heads .* 4 devices"), (6, 6, "blocks of 32, too few")],
+)
+def test_what_cannot_be_shared_says_why(devices: int, groups: int, words: str) -> None:
+    with pytest.raises(LoadError, match=words) as caught:
+        shares([str(number) for number in range(devices)], groups, 160, 250, 32)
+    assert caught.value.code == "not_shareable"
+
+
+@pytest.mark.process
+def test_families_give_their_references_logits(tmp_path: Path) -> None:
+    found = compare("CPU:0,1", tmp_path / "found.json", [*FAMILIES, "gemma3:folder"])
+    refused = found["models"].pop("gemma3:folder")["refused"]
+    assert refused[0] == "not_shareable"
+    check_models(found, 0.15)
+
+
+@pytest.mark.process
+def test_two_and_three_devices_give_ones_logits(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.shared_checks", str(tmp_path), str(tmp_path / "found.json")],
+        cwd=REPOSITORY,
+        env=os.environ | {"DEV": "CPU:LLVM", "CACHEDB": str(CACHE / "families.db")},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads((tmp_path / "found.json").read_text())
+    assert "6 key/value heads" in found.pop("4 devices")[1]
+    assert "too few for 6 devices" in found.pop("6 devices")[1]
+    assert len(found) == 3
+    for what, result in found.items():
+        assert result["worst"] < 1e-4, (what, result)
+        assert result["largest_share"] < (0.7 if "2 devices" in what else 0.5), (what, result)
+
+
+@pytest.mark.process
+def test_an_engine_of_two_devices_generates() -> None:
+    folder = FIXTURES / "llama"
+    configure = Configure(worker_id="w", device="CPU:0,1", slots_max=2, cache_dir=str(CACHE))
+    with EngineProcess(configure) as engine:
+        ready = engine.wait_type(Ready, Unusable, timeout_s=60)
+        assert isinstance(ready, Ready), ready
+        engine.send(Load(model="m", path=str(folder), family="llama", context=128, slots=2))
+        loaded = engine.wait_type(Loaded, LoadFailed, timeout_s=120)
+        assert isinstance(loaded, Loaded), loaded
+        engine.run("r", prompt="Hi there", max_tokens=5, temperature=0)
+        assert engine.wait_end("r").tokens_generated == 5
+        engine.send(Load(model="g", path=str(FIXTURES / "gemma3"), family="gemma3", context=128, slots=2))
+        failed = engine.wait_for(lambda m: isinstance(m, LoadFailed) and m.model == "g", 60)
+        assert failed.code == "not_shareable"
