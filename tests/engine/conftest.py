@@ -16,6 +16,7 @@ from tests.engine.memory import Watched
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads spin, and cores are shared
 CACHE = REPOSITORY / ".cache" / "engine-tests"
 CONTEXT = 512
+DEVICE = os.environ.get("ENGINE_DEVICE", "CPU:LLVM")  # of the suite, see docs/engine.md
 SLOTS = 4
 
 
@@ -40,14 +41,14 @@ def gemma_path() -> Path:
 
 @pytest.fixture(scope="session")
 def real(loaded: tuple[EngineProcess, Watched]) -> EngineProcess:
-    """CPU:LLVM with SmolLM2 loaded as "m"."""
+    """The suite's device with SmolLM2 loaded as "m"."""
     return loaded[0]
 
 
 @pytest.fixture(scope="session")
 def loaded(model_path: Path) -> Iterator[tuple[EngineProcess, Watched]]:
     """The same, and what its memory was during the load."""
-    configure = Configure(worker_id="w", device="CPU:LLVM", slots_max=SLOTS, cache_dir=str(CACHE))
+    configure = Configure(worker_id="w", device=DEVICE, slots_max=SLOTS, cache_dir=str(CACHE))
     with EngineProcess(configure) as engine:
         ready = engine.wait_type(Ready, Unusable, timeout_s=120)
         assert isinstance(ready, Ready), ready

@@ -11,17 +11,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tinygrad import Device, Tensor
+from tinygrad import Tensor
 from tinygrad.llm.gguf import ggml_data_to_tensor
 from tinygrad.uop.ops import UOp
 
-from engine import device, gguf, kernels, llvm, programs
+from engine import device, gguf, kernels, programs
 from engine.errors import DeviceUnusable
 from engine.matrices import LAYOUTS, Matrix, device_bytes
 from engine.recording import recording
 from engine.self_test import self_test
 from engine.weights import Piece, Weights, upload
 from tests.engine import small_gguf
+from tests.engine.conftest import DEVICE
+from tests.engine.devices import open_suites
 
 ROWS, HEADS, GROUPS, WIDTH, SLOTS, LENGTH = 4, 4, 2, 64, 2, 64
 EMBEDDING = HEADS * WIDTH
@@ -182,7 +184,7 @@ def stored(_: Path) -> None:
 
 def wrong(_: Path) -> None:
     """A device that computes one thing wrongly, whichever, is refused and says what."""
-    name = device.parse("CPU:LLVM")
+    name = device.parse(DEVICE)
     assert self_test(name) > 0
     right = {
         part: getattr(kernels, part) for part in ("gated", "attention", "rotate_queries", "inverse_norm")
@@ -198,7 +200,5 @@ def wrong(_: Path) -> None:
 
 
 if __name__ == "__main__":
-    llvm.install()
-    programs.install()
-    assert Device.DEFAULT in ("CPU", "AMD")
+    open_suites()
     {check.__name__: check for check in (decoders, recorded, stored, wrong)}[sys.argv[1]](Path(sys.argv[2]))

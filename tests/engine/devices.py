@@ -1,7 +1,4 @@
-"""On which device the suite runs, and the tiny models on any other.
-
-`ENGINE_DEVICE=CUDA make test` (or NV, AMD, CL, CPU:X86, ...) runs on a host's card what otherwise runs on the CPU.
-"""
+"""Scripts of tests on the suite's device, and the tiny models on any other."""
 
 from __future__ import annotations
 
@@ -13,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from engine import device
-from tests.engine.conftest import CACHE
+from engine.self_test import open_devices
+from tests.engine.conftest import CACHE, DEVICE
 from tests.engine.harness import REPOSITORY
 
-DEVICE = os.environ.get("ENGINE_DEVICE", "CPU:LLVM")
+
+def environment(database: Path, word: str = DEVICE) -> dict[str, str]:
+    """Of a script that computes on this device, kernels kept in `database`."""
+    chosen = {"ENGINE_DEVICE": word, "DEV": device.parse(word).environment, "CACHEDB": str(database)}
+    return os.environ | chosen
 
 
-def environment(database: Path) -> dict[str, str]:
-    """Of a script that computes on the suite's device by `open_default`."""
-    return os.environ | {"DEV": device.parse(DEVICE).environment, "CACHEDB": str(database)}
+def open_suites() -> None:
+    """In such a script, before its first kernel."""
+    open_devices(device.parse(DEVICE))
 
 
 def compare(

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from tinygrad import dtypes
 
-from engine import llvm, programs
 from engine.batching import Row
 from engine.checkpoint import open_checkpoint
 from engine.graphs import GraphedModel, cache_length
@@ -26,6 +25,7 @@ from engine.kernels import Rotation
 from engine.models import check_family, read_config
 from engine.models.decoder import Decoder, DecoderConfig, Layer, Rope
 from engine.weights import MATRIX, Weights
+from tests.engine.devices import open_suites
 
 FIXTURES = Path(__file__).parent / "families"
 # fixture -> (family, context)
@@ -249,6 +249,5 @@ def broken(fixture: str, change: Callable[[DecoderConfig], DecoderConfig]) -> fl
 
 
 if __name__ == "__main__":
-    llvm.install()
-    programs.install()
+    open_suites()
     main(Path(sys.argv[1]), sys.argv[2:])

@@ -6,7 +6,6 @@ The references were computed once (families/make.py says how); one process compu
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 from engine.chat import render
 from engine.checkpoint import open_checkpoint, vocabulary_of
 from tests.engine.conftest import CACHE
+from tests.engine.devices import environment
 from tests.engine.family_checks import CASES, FIXTURES
 from tests.engine.harness import REPOSITORY
 
@@ -32,7 +32,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.family_checks", str(out)],
         cwd=REPOSITORY,
-        env=os.environ | {"DEV": "CPU:LLVM", "CACHEDB": str(CACHE / "families.db")},
+        env=environment(CACHE / "families.db"),
         capture_output=True,
         text=True,
         timeout=600,

@@ -25,7 +25,7 @@ from engine.protocol import (
     Unload,
     Unloaded,
 )
-from tests.engine.conftest import CACHE
+from tests.engine.conftest import CACHE, DEVICE
 from tests.engine.family_checks import FIXTURES
 from tests.engine.harness import EngineProcess
 
@@ -33,7 +33,7 @@ from tests.engine.harness import EngineProcess
 @pytest.fixture(scope="module")
 def engine() -> Iterator[EngineProcess]:
     with EngineProcess(
-        Configure(worker_id="w", device="CPU:LLVM", slots_max=3, cache_dir=str(CACHE))
+        Configure(worker_id="w", device=DEVICE, slots_max=3, cache_dir=str(CACHE))
     ) as engine:
         assert isinstance(engine.wait_type(Ready, timeout_s=120), Ready)
         yield engine

@@ -22,7 +22,7 @@ from engine.pacing import Bucket
 from engine.protocol import Configure, Finished, Load, Loaded, Message, Ready, Run, RunFailed, Started, Tokens
 from engine.sampling import Sampler
 from engine.tokenizer import Vocabulary
-from tests.engine.conftest import CACHE
+from tests.engine.conftest import CACHE, DEVICE
 from tests.engine.harness import EngineProcess
 
 FIXTURES = Path(__file__).parent / "families"
@@ -257,7 +257,7 @@ def test_a_grammar_that_breaks_down_fails_its_run_alone(vocabulary: Vocabulary) 
 @pytest.fixture(scope="module")
 def tiny() -> Iterator[EngineProcess]:
     """A random model of the families on CPU:LLVM, as "m"."""
-    configure = Configure(worker_id="w", device="CPU:LLVM", slots_max=3, cache_dir=str(CACHE))
+    configure = Configure(worker_id="w", device=DEVICE, slots_max=3, cache_dir=str(CACHE))
     with EngineProcess(configure) as engine:
         assert isinstance(engine.wait_type(Ready, timeout_s=120), Ready)
         path = str(FIXTURES / "llama3" / "model.gguf")

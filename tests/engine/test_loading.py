@@ -9,16 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.conftest import DEVICE
+from tests.engine.devices import environment
 from tests.engine.harness import REPOSITORY
 
-EMULATED = "MOCKKFD+AMD:LLVM;CPU:LLVM"  # gfx1100 in software, from a checkout of tinygrad
+EMULATED = "MOCKKFD+AMD:LLVM"  # gfx1100 in software, from a checkout of tinygrad
 
 
-def check(name: str, directory: Path, **environment: str) -> None:
+def check(name: str, directory: Path, word: str = DEVICE, **variables: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.device_checks", name, str(directory)],
         cwd=REPOSITORY,
-        env=os.environ | {"DEV": "CPU:LLVM", "CACHEDB": str(directory / "kernels.db")} | environment,
+        env=environment(directory / "kernels.db", word) | variables,
         capture_output=True,
         text=True,
         timeout=180,
@@ -42,4 +44,4 @@ def test_a_wrong_device_is_refused(tmp_path: Path) -> None:
     "TINYGRAD_SOURCE" not in os.environ, reason="TINYGRAD_SOURCE names no checkout of tinygrad"
 )
 def test_recorded_on_an_emulated_amd_card(tmp_path: Path) -> None:
-    check("recorded", tmp_path, DEV=EMULATED, PYTHONPATH=os.environ["TINYGRAD_SOURCE"])
+    check("recorded", tmp_path, EMULATED, PYTHONPATH=os.environ["TINYGRAD_SOURCE"])

@@ -28,7 +28,7 @@ from engine.protocol import (
     Unload,
     Unloaded,
 )
-from tests.engine.conftest import CONTEXT, SLOTS
+from tests.engine.conftest import CONTEXT, DEVICE, SLOTS
 from tests.engine.harness import EngineProcess
 from tests.engine.memory import Watched, held
 from tests.engine.reference import Reference
@@ -65,7 +65,7 @@ def reference(model_path: Path) -> Reference:
 def test_ready_names_the_device(real: EngineProcess) -> None:
     ready = real.wait_type(Ready)
     assert not ready.stand_in
-    assert ready.device == "CPU:LLVM"
+    assert ready.device == DEVICE
     assert ready.versions["tinygrad"]
     assert ready.memory_total_bytes > 2**30
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.protocol import Configure, Load, Loaded, LoadFailed, Ready
-from tests.engine.conftest import CACHE
+from tests.engine.conftest import CACHE, DEVICE
 from tests.engine.family_checks import FIXTURES
 from tests.engine.harness import EngineProcess
 
@@ -13,7 +13,7 @@ from tests.engine.harness import EngineProcess
 @pytest.mark.process
 def test_one_slot_says_what_several_say() -> None:
     texts = []
-    with EngineProcess(Configure(worker_id="w", device="CPU:LLVM", cache_dir=str(CACHE))) as engine:
+    with EngineProcess(Configure(worker_id="w", device=DEVICE, cache_dir=str(CACHE))) as engine:
         engine.wait_type(Ready, timeout_s=120)
         for slots in (3, 1):
             name = f"q{slots}"
