@@ -28,6 +28,7 @@ PRIORITY_STEP_S: Final = 600.0  # a priority step outweighs so much waiting: no 
 KEPT_OUT_S: Final = 15.0  # a task that has waited for so long may send busy models away for its own
 TURN_S: Final = 60.0  # and those that had so long; or TURN_LOADS times what its load takes, where that is more
 TURN_LOADS: Final = 4.0
+UNLOADED_S: Final = 600.0  # what an owner unloads by force is not loaded there again for tasks for so long
 LOADS_FAILED_MAX: Final = 3
 LOAD_RETRY_S: Final = (1.0, 5.0, 30.0)  # after a failed load
 MOVES_MAX: Final = 16  # of one rebalance

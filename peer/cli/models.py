@@ -153,7 +153,7 @@ def progress(model: str) -> Iterator[Show]:
 @click.command()
 @click.argument("model")
 @click.option("--worker", "worker_ids", multiple=True, metavar="ID", help="Where; else everywhere.")
-@click.option("--force", is_flag=True, help="Interrupt its running tasks; they are queued again.")
+@click.option("--force", is_flag=True, help="Interrupt its tasks; none loads it again for 10 minutes.")
 @json_option
 @client_options
 def unload(client: Client, model: str, worker_ids: tuple[str, ...], force: bool, as_json: bool) -> None:

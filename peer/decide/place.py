@@ -24,7 +24,7 @@ from peer.decide.workers import (
     usable,
 )
 from peer.errors import Conflict, NotFound
-from peer.limits import KEPT_OUT_S, LOADS_FAILED_MAX, TURN_LOADS, TURN_S, WORKER_SILENT_S
+from peer.limits import KEPT_OUT_S, LOADS_FAILED_MAX, TURN_LOADS, TURN_S, UNLOADED_S, WORKER_SILENT_S
 from peer.state.command import (
     AssignModel,
     AssignReply,
@@ -81,12 +81,16 @@ def unload_now(snapshot: Snapshot, now: float, replica: Replica, decision: Decis
     )
 
 
-def drain(snapshot: Snapshot, now: float, worker_id: str, model_name: str, because: str) -> Save:
-    """A replica is to go. An owner's wish is not replaced by a reason that may be taken back."""
+def drain(
+    snapshot: Snapshot, now: float, worker_id: str, model_name: str, because: str, *, until: float = 0.0
+) -> Save:
+    """A replica is to go, and no task brings it back before `until`. An owner's wish is not replaced by a reason that
+    may be taken back."""
     known = snapshot.draining.get((worker_id, model_name))
     if known is not None and because != OWNER:
         return Save(known)
-    return Save(Draining(worker_id=worker_id, model_name=model_name, since=now, because=because))
+    until = max(until, known.until if known is not None else 0.0)
+    return Save(Draining(worker_id=worker_id, model_name=model_name, since=now, because=because, until=until))
 
 
 # ---------------------------------------------------------------- what owners ask for
@@ -189,7 +193,8 @@ def _placed(snapshot: Snapshot, now: float, model: Model, worker_id: str, preloa
 
 
 def unload(snapshot: Snapshot, now: float, command: UnloadModel) -> Decision:
-    """Take the wish back and drain; with `force` running tasks are re-queued instead of awaited."""
+    """Take the wish back and drain. With `force` running tasks are re-queued instead of awaited, and neither these nor
+    others bring the model back for a while."""
     name = command.model_name
     if name not in snapshot.catalogue and not any(name in of for of in snapshot.replicas.values()):
         raise unknown_model(snapshot, name)
@@ -215,7 +220,8 @@ def unload(snapshot: Snapshot, now: float, command: UnloadModel) -> Decision:
         wish = snapshot.assignments.get((worker_id, name))
         if wish is not None:
             decision.changes.append(Drop(wish))
-        if name in snapshot.replicas.get(worker_id, {}) or worker_id not in snapshot.reports:
+        has = name in snapshot.replicas.get(worker_id, {}) or worker_id not in snapshot.reports
+        if has and not command.force:
             decision.changes.append(drain(snapshot, now, worker_id, name, OWNER))
         if command.force:
             for task in snapshot.held.get(worker_id, {}).values():
@@ -223,6 +229,11 @@ def unload(snapshot: Snapshot, now: float, command: UnloadModel) -> Decision:
                     because = "its model was unloaded"
                     decision.add(requeue(snapshot, now, task, "unloaded", because, strike=False))
                     requeued.append(task.task_id)
+    for worker_id in (
+        wanted if command.force else ()
+    ):  # also where it is not: or its tasks would bring it there
+        until = now + UNLOADED_S
+        decision.changes.append(drain(snapshot, now, worker_id, name, OWNER, until=until))
     decision.reply = UnloadReply(model_name=name, affected_workers=affected, requeued_tasks=tuple(requeued))
     return decision
 
@@ -320,11 +331,12 @@ def _had_their_turn(snapshot: Snapshot, now: float, model: Model, worker_id: str
 
 
 def _finish_drains(snapshot: Snapshot, now: float, decision: Decision) -> None:
-    """A drain is over when its replica is gone, which only a report can say: a new leader waits for the first one."""
+    """A drain is over when its replica is gone, which only a report can say: a new leader waits for the first one. Or
+    later, where an owner has unloaded it by force."""
     for (worker_id, model_name), draining in snapshot.draining.items():
         replica = snapshot.replicas.get(worker_id, {}).get(model_name)
         if replica is None:
-            if worker_id in snapshot.reports:
+            if worker_id in snapshot.reports and now >= draining.until:
                 decision.changes.append(Drop(draining))
         elif (
             replica.state is not ReplicaState.UNLOADING

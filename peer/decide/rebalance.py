@@ -192,6 +192,8 @@ def _best_move(
                 there = placement.models[target]
                 if name in snapshot.replicas[target] or not can_run(snapshot, model, target):
                     continue  # also where its load has failed
+                if (target, name) in snapshot.draining:  # an owner has unloaded it there
+                    continue
                 size = memory_needed(snapshot, model, target) or of[name][0]
                 if used[target] + size > room.capacity_bytes:
                     continue
@@ -253,7 +255,8 @@ def _step(snapshot: Snapshot, now: float, move: Move, decision: Decision) -> Mov
         return changed(move, state="failed", actual_s=now - started_at, reason="it took too long")
     if move.state == "planned":
         model = snapshot.catalogue.get(move.model)
-        if model is None or not is_up(snapshot, target, now) or leaves(snapshot, target):
+        goes = (target, move.model) in snapshot.draining
+        if model is None or goes or not is_up(snapshot, target, now) or leaves(snapshot, target):
             return changed(move, state="failed", reason=f"{target} can no longer take it")
         if replica is None:
             if memory_needed(snapshot, model, target) > memory(snapshot, target).free:

@@ -133,7 +133,9 @@ def _away(snapshot: Snapshot, now: float, replica: Replica, promised: dict[str, 
     if model is None:
         return None
     room = {
-        w: memory(snapshot, w).free - promised.get(w, 0) for w in others if name not in snapshot.replicas[w]
+        w: memory(snapshot, w).free - promised.get(w, 0)
+        for w in others
+        if name not in snapshot.replicas[w] and (w, name) not in snapshot.draining
     }
     fits = [w for w in room if can_run(snapshot, model, w) and memory_needed(snapshot, model, w) <= room[w]]
     if not fits:

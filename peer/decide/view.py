@@ -68,7 +68,7 @@ def _pending_on(snapshot: Snapshot, now: float, task: Task, model: Model, worker
         return f"{model.name} only runs on the stand-in engine"
     replica = snapshot.replicas[worker_id].get(model.name)
     if replica is None:
-        return _not_loaded(snapshot, model, worker_id)
+        return _not_loaded(snapshot, now, model, worker_id)
     if replica.state is ReplicaState.READY and takes_tasks(snapshot, replica):
         if free_slots(snapshot, replica, len(snapshot.held.get(worker_id, ()))) > 0:
             return "it is next and about to be assigned"
@@ -82,11 +82,18 @@ def _pending_on(snapshot: Snapshot, now: float, task: Task, model: Model, worker
     return f"{model.name} is being unloaded"
 
 
-def _not_loaded(snapshot: Snapshot, model: Model, worker_id: str) -> str:
+def _not_loaded(snapshot: Snapshot, now: float, model: Model, worker_id: str) -> str:
+    draining = snapshot.draining.get((worker_id, model.name))
+    if draining is not None and draining.until > now:
+        return (
+            f"an owner has unloaded {model.name} by force: it is loaded again when it is assigned, or for tasks in "
+            f"{draining.until - now:.0f} s"
+        )
     needed = memory_needed(snapshot, model, worker_id)
     room = memory(snapshot, worker_id)
     if needed > room.free:
-        going = [name for w, name in snapshot.draining if w == worker_id]
+        here = snapshot.replicas[worker_id]
+        going = [name for w, name in snapshot.draining if w == worker_id and name in here]
         leave = f"; {' and '.join(going)} will be unloaded when its tasks end" if going else ""
         return f"{model.name} does not fit: it {room.arithmetic(needed)}{leave}"
     busy = [

@@ -44,12 +44,14 @@ class Assignment(Record, frozen=True):
 
 
 class Draining(Record, frozen=True):
-    """A replica takes no new task and is unloaded when it is idle. Durable until the replica is gone."""
+    """A replica takes no new task and is unloaded when it is idle. Durable until the replica is gone, and until tasks
+    may bring it back."""
 
     worker_id: str
     model_name: str
     since: float
     because: str  # owner, room (another model needs it), move (a rebalance takes it elsewhere)
+    until: float = 0.0  # where an owner has unloaded it by force
 
 
 class LoadProfile(Record, frozen=True):

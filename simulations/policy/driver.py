@@ -221,7 +221,7 @@ class SimCluster:
             yield f"{self.clients.unanswered} submissions are unanswered"
         snapshot = self.leader.snapshot
         yield from (f"{task.task_id} is {task.status.value}" for task in snapshot.tasks.values())
-        yield from (f"{w}/{m} drains" for w, m in snapshot.draining)
+        yield from (f"{w}/{m} drains" for w, m in snapshot.draining if m in snapshot.replicas.get(w, {}))
         yield from (f"{w}/{m} is foreseen" for w, m in snapshot.foreseen)
         yield from (f"{w} is paused" for w in snapshot.paused)
         yield from (f"rebalance {rebalance_id} runs" for rebalance_id in snapshot.under_way)

@@ -45,6 +45,8 @@ class Leavings:
             if isinstance(order, LoadReplica):
                 text = f"{name} loads {order.model.name} on {order.worker_id}"
                 self._checks.check("a leaving host gets no load", peer_id not in snapshot.leaving, text)
+                stays_away = (order.worker_id, order.model.name) not in snapshot.draining
+                self._checks.check("what an owner unloads stays away", stays_away, text)
         if name == "replan":
             for change in decision.changes:
                 if isinstance(change, Save) and isinstance(change.record, Plan):

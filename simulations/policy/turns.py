@@ -37,7 +37,8 @@ def _moving(snapshot: Snapshot) -> bool:
     """Whether room is being made, or used, somewhere: that may be for the model that waits."""
     going = (ReplicaState.FETCHING, ReplicaState.LOADING, ReplicaState.UNLOADING)
     moves = any(replica.state in going for of in snapshot.replicas.values() for replica in of.values())
-    return moves or bool(snapshot.draining) or bool(snapshot.under_way) or bool(snapshot.index.unmet)
+    drains = any(name in snapshot.replicas.get(worker_id, {}) for worker_id, name in snapshot.draining)
+    return moves or drains or bool(snapshot.under_way) or bool(snapshot.index.unmet)
 
 
 def _kept_out(snapshot: Snapshot, now: float) -> list[tuple[str, str]]:
@@ -59,7 +60,7 @@ def _is_in_the_way(snapshot: Snapshot, now: float, model: Model, worker_id: str)
     room = memory(snapshot, worker_id, without=frozenset(here))
     if not can_run(snapshot, model, worker_id) or memory_needed(snapshot, model, worker_id) > room.free:
         return False
-    if snapshot.wishes.get(worker_id):
+    if snapshot.wishes.get(worker_id) or (worker_id, model.name) in snapshot.draining:
         return False
     first = snapshot.queues[model.name][0]
     return all(

@@ -118,6 +118,16 @@ def test_a_model_is_not_moved_where_its_load_has_failed() -> None:
     assert "echo" not in [move.model for move in ask(world).moves]
 
 
+def test_a_model_is_not_moved_where_an_owner_has_unloaded_it() -> None:
+    world = uneven("small", "echo")
+    world.drain("echo", "w2")
+    assert [move.model for move in ask(world).moves] == ["small"]
+    world.drain("small", "w2")
+    assert ask(world, dry_run=True).moves == ()
+    assert advance(world).reason == "w2 can no longer take it"
+    assert world.orders == []
+
+
 def test_carried_out_step_by_step() -> None:
     world = uneven("small", "echo")
     wish = Assignment(

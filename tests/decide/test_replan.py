@@ -102,6 +102,15 @@ def test_what_fits_nowhere_stays_and_is_said_to() -> None:
     assert made.reasons == ("host-1 leaves", "large stays on w1: it fits on no other host")
 
 
+def test_what_an_owner_unloaded_elsewhere_stays() -> None:
+    world = hosts(("small",), ())
+    world.drain("small", "w2")
+    ask(world)
+    assert plan(world) is None
+    world.undrain("small", "w2")
+    assert plan(world) is not None
+
+
 def test_two_models_do_not_get_the_same_room() -> None:
     world = hosts(("small", "echo"), ("echo",))
     world.hear(worker_report("w2", replica("large"), peer_id="host-2"))

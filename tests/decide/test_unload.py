@@ -6,8 +6,9 @@ import pytest
 
 from peer.decide import place, recover, view
 from peer.errors import Conflict
+from peer.limits import UNLOADED_S
 from peer.state.model import Draining, ReplicaState
-from peer.state.order import StopAttempt, UnloadReplica
+from peer.state.order import LoadReplica, StopAttempt, UnloadReplica
 from peer.state.record import decode
 from peer.state.task import Task, TaskInput
 from peer.state.worker import Worker
@@ -117,3 +118,48 @@ def test_what_is_no_longer_in_the_catalogue_can_be_unloaded() -> None:
     world.worker("w1", replica("old", memory_bytes=GIB))
     assert unload(world, "old").affected_workers == ("w1",)
     assert len(reconcile(world)) == 1
+
+
+def test_what_was_unloaded_by_force_is_not_brought_back_by_its_tasks_for_a_while() -> None:
+    world = World()
+    world.worker("w1", replica("small"))
+    world.worker("w2")
+    task = world.running("small")
+    unload(world, "small", force=True)
+    assert sorted(world.s.draining) == [("w1", "small"), ("w2", "small")]  # no worker was named
+    assert [type(order) for order in reconcile(world)] == [UnloadReplica]
+    world.hear(worker_report("w1"))
+    assert reconcile(world) == []
+    reasons = [each.reason for each in view.pending_reasons(world.s, world.now + 1.0, world.task(task))]
+    assert len(reasons) == 2
+    assert all("by force" in each and each.endswith("in 599 s") for each in reasons)
+    world.later(UNLOADED_S - 0.5)
+    for worker in ("w1", "w2"):
+        world.hear(worker_report(worker))
+    unload_again = world.s.draining["w1", "small"]
+    assert reconcile(world) == []
+    assert world.s.draining["w1", "small"] == unload_again
+    world.later(0.5)
+    assert reconcile(world) == []
+    assert world.s.draining == {}
+    (load,) = reconcile(world)
+    assert isinstance(load, LoadReplica)
+    assert load.model.name == "small"
+
+
+def test_an_assignment_ends_what_a_forced_unload_holds() -> None:
+    world = World()
+    world.worker("w1", replica("small"))
+    world.worker("w2")
+    world.running("small")
+    unload(world, "small", "w1", force=True)
+    assert list(world.s.draining) == [("w1", "small")]
+    assert [type(order) for order in reconcile(world)] == [UnloadReplica, LoadReplica]  # on the other one
+    unload(world, "small", "w2")
+    unload(world, "small", "w1")
+    assert world.s.draining["w1", "small"].until == T0 + UNLOADED_S  # what was asked by force holds
+    assert world.s.draining["w2", "small"].until == 0.0
+    world.hear(worker_report("w1"))
+    assign(world, "small", "w1")
+    assert list(world.s.draining) == [("w2", "small")]
+    assert "w1" in [order.worker_id for order in reconcile(world) if isinstance(order, LoadReplica)]
