@@ -23,7 +23,7 @@ from peer.adapters.tls_network import TlsNetwork
 from peer.cluster_peer import ClusterPeer, Identity
 from peer.config import Config
 from peer.decide.voters import Bounds
-from peer.errors import ConfigError, Conflict, StoreBroken
+from peer.errors import ConfigError, Conflict, Unavailable
 from peer.executor import Executor
 from peer.ports import Clock, Entropy, ReportSink
 from peer.settings import split_bind
@@ -227,6 +227,6 @@ def _keep(file: Path) -> Callable[[int], None]:
         try:
             identity.write_private(file, f"{epoch}\n")
         except OSError as error:
-            raise StoreBroken(f"{file}: the newest epoch cannot be kept: {error.strerror}") from error
+            raise Unavailable(f"{file}: the newest epoch cannot be kept: {error.strerror}") from error
 
     return keep

@@ -340,8 +340,14 @@ class ClusterPeer:
 
     async def _lead(self, leadership: Leadership) -> None:
         """Load what the store holds and lead until cancelled. Raises BitinglipError when that ends it."""
-        identity, store = self._identity, self.store
+        identity, store, election = self._identity, self.store, self.election
         assert store is not None
+        assert election is not None
+        try:
+            self.executor.accept(leadership.epoch)
+        except Unavailable:
+            election.step_aside()  # a host whose disk takes nothing more leaves it to another
+            raise
         followers = Followers(identity.peer_id, leadership.epoch, self, self._linked)
         self._followers = followers
         self.follower.leave("this peer leads now")

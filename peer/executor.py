@@ -46,7 +46,8 @@ log = structlog.get_logger("executor")
 class Executor:
     """`engine` and `telemetry` make what serves one device; without telemetry the heartbeats must do.
 
-    `epoch` and `remember_epoch` let the newest epoch survive a restart; it is called before obeying.
+    `epoch` and `remember_epoch` let the newest epoch survive a restart; it is called before obeying, and
+    raises Unavailable if it cannot.
     """
 
     def __init__(
@@ -169,16 +170,19 @@ class Executor:
 
     # ------------------------------------------------------------ orders
 
-    async def order(self, order: Order) -> None:
-        """Carry out or begin what the leader wants. Raises Fenced if that leader has been superseded."""
-        if order.epoch < self._epoch:
-            raise Fenced(
-                f"{self.peer_id} has seen epoch {self._epoch}: an order of epoch {order.epoch} is refused"
-            )
-        if order.epoch > self._epoch:
+    def accept(self, epoch: int) -> None:
+        """Obey this leader, and no older one any more, also after a restart. Raises Fenced if a newer one has been
+        accepted, Unavailable if this host's disk does not keep it: then nothing may be obeyed."""
+        if epoch < self._epoch:
+            raise Fenced(f"{self.peer_id} has seen epoch {self._epoch}: an order of epoch {epoch} is refused")
+        if epoch > self._epoch:
             if self._remember_epoch is not None:
-                self._remember_epoch(order.epoch)
-            self._epoch = order.epoch
+                self._remember_epoch(epoch)
+            self._epoch = epoch
+
+    async def order(self, order: Order) -> None:
+        """Carry out or begin what the leader wants. Raises what `accept` does."""
+        self.accept(order.epoch)
         worker = self._workers.get(order.worker_id)
         if worker is None:
             self._no_such_worker(order)

@@ -48,6 +48,8 @@ class TakesOrders(Protocol):
     @property
     def epoch(self) -> int: ...
 
+    def accept(self, epoch: int) -> None: ...
+
     async def order(self, order: Order) -> None: ...
 
     def report_all(self) -> None: ...
@@ -275,7 +277,7 @@ class Follower:
             self._is_gone(peer_id, error.message)
             return _Outcome.IN_VAIN
         self._trust(peer_id)
-        if isinstance(answer, wire.Welcome) and not self._is_superseded(answer):
+        if isinstance(answer, wire.Welcome) and self._accepts(answer):
             await self._follow(Session(connection), answer)
             return _Outcome.FOLLOWED
         await connection.aclose()
@@ -283,12 +285,16 @@ class Follower:
             self.hint(answer.leader, answer.address)
         return _Outcome.IN_VAIN
 
-    def _is_superseded(self, welcome: wire.Welcome) -> bool:
-        """Whether this peer has followed, or obeyed, a newer leader: that one does not know yet that it is none."""
-        newest = max(self._executor.epoch, self.epoch)
-        if welcome.epoch < newest:
-            log.warning("leader_superseded", peer_id=welcome.peer_id, epoch=welcome.epoch, newest=newest)
-        return welcome.epoch < newest
+    def _accepts(self, welcome: wire.Welcome) -> bool:
+        """Not if this peer has followed or obeyed a newer leader: that one does not know yet that it is none."""
+        try:
+            if welcome.epoch < self.epoch:
+                raise Fenced(f"this peer has followed epoch {self.epoch}")
+            self._executor.accept(welcome.epoch)
+        except (Fenced, Unavailable) as error:
+            log.warning("leader_refused", leader=welcome.peer_id, epoch=welcome.epoch, why=error.message)
+            return False
+        return True
 
     def _is_gone(self, peer_id: str, why: str) -> None:
         self._unreached = peer_id

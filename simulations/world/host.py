@@ -14,7 +14,7 @@ from peer.cluster_peer import ClusterPeer, Identity
 from peer.config import Alerts
 from peer.decide.voters import Bounds
 from peer.engines import Device
-from peer.errors import Fenced, StoreBroken
+from peer.errors import Fenced, StoreBroken, Unavailable
 from peer.executor import Executor
 from peer.limits import (
     EVENTS_KEPT_MAX,
@@ -236,7 +236,7 @@ class SimHost:
         try:
             self.disk.write_durably(EPOCH_FILE, str(epoch).encode())
         except OSError as error:
-            raise StoreBroken(f"the newest epoch cannot be kept: {error}") from error
+            raise Unavailable(f"the newest epoch cannot be kept: {error}") from error
 
     def _watch_orders(self, peer: ClusterPeer) -> None:
         """Every order that the executor obeyed is shown to the checker."""

@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from peer import limits
-from peer.errors import Fenced
+from peer.errors import Fenced, Unavailable
 from peer.state.command import StreamToken
 from peer.state.order import (
     AttemptFailed,
@@ -193,6 +193,30 @@ async def test_an_older_epoch_is_refused_and_a_newer_one_remembered() -> None:
         await it.outcome()
         assert epochs == [1, 7]
         assert it.executor.epoch == 7
+
+
+async def test_a_leader_whose_epoch_is_not_kept_is_not_obeyed() -> None:
+    full = False
+
+    def remember(epoch: int) -> None:
+        if full:
+            raise Unavailable("no space left")
+
+    async with rig(remember_epoch=remember) as it:
+        await it.run(epoch=7)
+        await it.outcome()
+        full = True
+        with pytest.raises(Unavailable, match="no space"):
+            it.executor.accept(8)
+        with pytest.raises(Unavailable, match="no space"):
+            await it.run("t2", epoch=8)
+        assert it.executor.epoch == 7
+        await it.run("t3", epoch=7)
+        await it.outcome("t3")
+        full = False
+        it.executor.accept(8)
+        with pytest.raises(Fenced, match="epoch 8"):
+            it.executor.accept(7)
 
 
 async def test_out_of_memory_of_a_run_is_retryable() -> None:
