@@ -119,18 +119,23 @@ class _Waiting:
 
 @dataclass
 class _Plan:
-    """A step's rows; `wanted` are those whose logits `runs` need: each one's last row, and one per proposed token."""
+    """A step's rows; `wanted` are those whose logits `runs` need: each one's last row, then one per guess.
+
+    `runs` are (run, guesses, computed): the first `computed` guesses have rows.
+    """
 
     rows: list[Row] = field(default_factory=list)
     wanted: list[int] = field(default_factory=list)
-    runs: list[tuple[_Active, list[int]]] = field(default_factory=list)
+    runs: list[tuple[_Active, list[int], int]] = field(default_factory=list)
 
-    def draw(self, run: _Active, proposed: list[int]) -> None:
-        """Its last row has been added: have its next token drawn from that, and what is proposed tried."""
+    def draw(self, run: _Active, guesses: list[int], computed: int) -> None:
+        """Its last row has been added: have its next token drawn from that, and some guesses computed ahead."""
         last = self.rows[-1]
-        self.wanted += range(len(self.rows) - 1, len(self.rows) + len(proposed))
-        self.rows += [Row(token, run.slot, last.position + 1 + at) for at, token in enumerate(proposed)]
-        self.runs.append((run, proposed))
+        self.wanted += range(len(self.rows) - 1, len(self.rows) + computed)
+        self.rows += [
+            Row(token, run.slot, last.position + 1 + at) for at, token in enumerate(guesses[:computed])
+        ]
+        self.runs.append((run, guesses, computed))
 
 
 @dataclass
@@ -226,9 +231,9 @@ class Batcher:
         logits = self._model.step(plan.rows, plan.wanted)
         self._times.observe(len(plan.rows), self._clock() - began)
         at = 0
-        for run, proposed in plan.runs:
-            messages += self._take_logits(run, proposed, logits[at : at + 1 + len(proposed)])
-            at += 1 + len(proposed)
+        for run, guesses, computed in plan.runs:
+            messages += self._take_logits(run, guesses, logits[at : at + 1 + computed])
+            at += 1 + computed
         return messages
 
     def _start_waiting(self, room: int) -> list[Message]:
@@ -269,9 +274,14 @@ class Batcher:
         decoding = [run for run in self._active.values() if run.decoding]
         prompts = [run for run in self._active.values() if not run.decoding]
         self.prefilling = bool(prompts)
-        for run, proposed in zip(decoding, self._proposed(decoding, idle=not prompts), strict=True):
+        guesses = [proposal(run.tokens, min(PROPOSED_MAX, run.most - run.generated - 1)) for run in decoding]
+        ahead = [0] * len(decoding)
+        if not prompts:  # which want the rows
+            rates = [run.acceptance.rate for run in decoding]
+            ahead = rows_beyond(self._times, list(zip(rates, map(len, guesses), strict=True)))
+        for run, each, computed in zip(decoding, guesses, ahead, strict=True):
             plan.rows += run.rows(run.filled + 1)
-            plan.draw(run, proposed)
+            plan.draw(run, each, computed)
         budget = prompt_rows(self._times, len(decoding)) if prompts else 0
         parts = share([run.prompt - run.filled for run in prompts], budget)
         for run, count in zip(prompts, parts, strict=True):
@@ -279,36 +289,22 @@ class Batcher:
             run.filled += count
             if run.decoding:
                 run.filled -= 1  # counted when its logits are taken, as a decoding run's row is
-                plan.draw(run, [])
+                plan.draw(run, [], 0)
         return plan
 
-    def _proposed(self, runs: list[_Active], idle: bool) -> list[list[int]]:
-        """The tokens to try for each run; only when no prompt wants the rows."""
-        if not idle:
-            return [[] for _ in runs]
-        found = []
-        for run in runs:
-            found.append(proposal(run.tokens, min(PROPOSED_MAX, run.most - run.generated - 1)))
-        counts = rows_beyond(
-            self._times, [(run.acceptance.rate, len(each)) for run, each in zip(runs, found, strict=True)]
-        )
-        for run, each, count in zip(runs, found, counts, strict=True):
-            if each and not count:
-                run.acceptance.untried()
-        return [each[:count] for each, count in zip(found, counts, strict=True)]
-
     def _take_logits(
-        self, run: _Active, proposed: list[int], logits: npt.NDArray[np.float32]
+        self, run: _Active, guesses: list[int], logits: npt.NDArray[np.float32]
     ) -> list[Message]:
-        """Draw the next token, and another after each proposed one that was drawn. logits [1 + proposed, V]."""
+        """Draw the next token, and another after each computed guess that is drawn. logits [1 + computed, V]."""
         told = _Told()
-        for right, row in enumerate(logits):
+        for index, row in enumerate(logits):
             token = self._next_token(run, row, told)
             if token is None:
                 break
-            if right == len(proposed) or token != proposed[right]:
-                run.acceptance.verified(right, wrong=right < len(proposed))
-                break
+            if index < len(guesses):
+                run.acceptance.observe(token == guesses[index])
+                if token != guesses[index]:
+                    break
         if not told.count:
             return told.ending
         tokens = Tokens(run_id=run.run_id, text=told.text, count=told.count, logprobs=told.logprobs)

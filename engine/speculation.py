@@ -17,8 +17,7 @@ from engine.prefixes import TokenIds
 NGRAMS = (3, 2)  # how many last tokens are looked for, the most telling first
 PROPOSED_MAX = 7  # with the known token a step of 8 rows
 RATE_FIRST = 0.5
-VERIFIED_WEIGHT = 0.15
-UNTRIED_WEIGHT = 0.01  # how fast a run that was found unpredictable is given another chance
+OBSERVED_WEIGHT = 0.15
 
 
 def proposal(tokens: TokenIds, most: int) -> list[int]:
@@ -38,20 +37,14 @@ def proposal(tokens: TokenIds, most: int) -> list[int]:
 
 
 class Acceptance:
-    """How likely a proposed token of one run is right, by those that were."""
+    """How likely a proposed token of one run is right, by those that were, computed ahead or not."""
 
     def __init__(self) -> None:
         self.rate = RATE_FIRST
 
-    def verified(self, right: int, wrong: bool) -> None:
-        """`right` proposed tokens were drawn, then (`wrong`) another than the next one."""
-        for hit in (*(1.0,) * right, *((0.0,) if wrong else ())):
-            self.rate += VERIFIED_WEIGHT * (hit - self.rate)
-
-    def untried(self) -> None:
-        """A proposal was not computed."""
-        if self.rate < RATE_FIRST:
-            self.rate += UNTRIED_WEIGHT * (RATE_FIRST - self.rate)
+    def observe(self, right: bool) -> None:
+        """The token that was drawn is the one that had been proposed in its place, or is not."""
+        self.rate += OBSERVED_WEIGHT * (right - self.rate)
 
 
 def rows_beyond(times: StepTimes, proposed: Sequence[tuple[float, int]]) -> list[int]:
