@@ -132,7 +132,7 @@ class Retention(Section, frozen=True):
 
     age_s: float = 30 * 86_400.0
     count: int = 100_000
-    total_bytes: int = 1024**3  # of prompts and results; in a cluster at most half of store.quota_bytes
+    total_bytes: int = 1024**3  # of results; in a cluster at most half of store.quota_bytes
     events: int = limits.EVENTS_KEPT_MAX
 
 

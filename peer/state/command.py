@@ -14,7 +14,7 @@ from peer.state.key import ApiKey
 from peer.state.metric import WorkerMetrics
 from peer.state.model import Assignment, Model, Replica
 from peer.state.quota import Counted
-from peer.state.task import Logprobs, Task, TaskInput, TaskResult
+from peer.state.task import Logprobs, Task, TaskResult
 from peer.state.voter import Room, VoterView
 from peer.state.worker import Worker, WorkerReport
 
@@ -199,7 +199,6 @@ class PendingReason(Record, frozen=True):
 
 class TaskView(Record, frozen=True):
     task: Task
-    input: TaskInput | None = None
     result: TaskResult | None = None
     pending: tuple[PendingReason, ...] = ()
     estimated_wait_s: float | None = None  # None: nothing measured to estimate from

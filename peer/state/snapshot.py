@@ -410,6 +410,7 @@ class Snapshot:
             self.finished += 1
             self.finished_bytes += task.kept_bytes
             self.inputs.pop(task.task_id, None)
+            writes[f"input/{task.task_id}"] = None  # nobody asks for it any more
             if task.idempotency_key:
                 self.idempotency.pop(idempotency_key(task.owner, task.idempotency_key), None)
             return

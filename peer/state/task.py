@@ -134,8 +134,8 @@ class Task(Record, frozen=True):
 
     @property
     def kept_bytes(self) -> int:
-        """About how much the store holds of it."""
-        return _RECORDS_BYTES + self.parameters_bytes + self.result_bytes
+        """About how much the store holds of it once it is finished: then its input is gone."""
+        return _RECORDS_BYTES + self.result_bytes
 
 
 def run_s(task: Task) -> float | None:

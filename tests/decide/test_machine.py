@@ -285,7 +285,7 @@ class Cluster(RuleBasedStateMachine):
         assert s.finished == sum(task.status in TERMINAL for task in tasks.values())
         done = {i for i, task in tasks.items() if task.status is Status.COMPLETED}
         assert {k[7:] for k in disk if k.startswith("result/")} == done
-        assert {k[6:] for k in disk if k.startswith("input/")} == set(tasks)
+        assert {k[6:] for k in disk if k.startswith("input/")} == set(s.tasks)
         drains = {k for k in disk if k.startswith("draining/")}
         assert drains == {f"draining/{worker}/{model}" for worker, model in s.draining}
         for task_id, task in tasks.items():
