@@ -38,10 +38,9 @@ class Remembered:
     def keep(self, request: Request, answer: Any, now: float) -> None:
         if not isinstance(request, _Kept):
             return
-        if isinstance(answer, TaskView):
-            if answer.result is not None and answer.result.nbytes > _RESULT_BYTES_MAX:
-                return
-            answer = msgspec.structs.replace(answer, input=None)  # it is not shown, and may be large
+        result = answer.result if isinstance(answer, TaskView) else None
+        if result is not None and result.nbytes > _RESULT_BYTES_MAX:
+            return
         query = _asked(request)
         self._answers[query] = answer, now
         self._answers.move_to_end(query)

@@ -19,7 +19,7 @@ from peer.state.metric import Gauge, Metrics
 from peer.state.model import Assignment, Model
 from peer.state.plan import Move, Plan
 from peer.state.quota import Client, KeepTicket, RedeemTicket, Spend, Verdict
-from peer.state.task import Status, Task, TaskError, TaskInput, TaskResult
+from peer.state.task import Status, Task, TaskError, TaskResult
 from peer.state.voter import VoterView
 from tests.api.fake_parts import GIB, WALL, FakeClock, api_key, host, worker_view
 
@@ -261,7 +261,6 @@ class FakeCluster:
         )
         view = command.TaskView(
             task=task,
-            input=TaskInput(task_id=task_id, parameters=request.parameters),
             pending=(command.PendingReason(worker_id="worker-001", reason="all 8 slots are taken"),),
             estimated_wait_s=15.0,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peer.remembered import Remembered
 from peer.state import command as asks
-from peer.state.task import Task, TaskInput, TaskResult
+from peer.state.task import Task, TaskResult
 
 
 def view(text: str) -> asks.TaskView:
@@ -29,9 +29,7 @@ def view(text: str) -> asks.TaskView:
         processing_s=1.0,
         first_token_s=0.1,
     )
-    return asks.TaskView(
-        task=task, input=TaskInput(task_id="t", parameters={"prompt": "long"}), result=result
-    )
+    return asks.TaskView(task=task, result=result)
 
 
 def test_the_last_answer_is_found_with_its_age() -> None:
@@ -66,4 +64,3 @@ def test_tasks_are_kept_without_what_is_large() -> None:
     found = remembered.find(asks.GetTask(task_id="t"), 1.0)
     assert found is not None
     assert found[0].result.generated_text == "short"
-    assert found[0].input is None
