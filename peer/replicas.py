@@ -130,7 +130,7 @@ class Replicas:
             )
 
         def progress(stage: str, done: int, total: int) -> None:
-            held.stage, held.done, held.total = stage, done, total
+            self._show(held, stage, done, total)
 
         return await self._files.fetch(model, progress)
 
@@ -154,7 +154,7 @@ class Replicas:
     def _on_progress(self, message: LoadProgress) -> None:
         held = self._held.get(message.model)
         if held is not None and held.state is ReplicaState.LOADING:
-            held.stage, held.done, held.total = message.stage, message.done, message.total
+            self._show(held, message.stage, message.done, message.total)
 
     def _on_loaded(self, message: Loaded) -> None:
         held = self._held.get(message.model)
@@ -287,6 +287,12 @@ class Replicas:
         held.since = self._host.clock.wall()
         held.stage, held.done, held.total = "", 0, 0
         self._touch()
+
+    def _show(self, held: Held, stage: str, done: int, total: int) -> None:
+        """Progress goes with the next report; a new stage is told soon, or a short one would not be seen."""
+        if stage != held.stage:
+            self._touch()
+        held.stage, held.done, held.total = stage, done, total
 
     def _touch(self) -> None:
         self._host.touch(self._worker)

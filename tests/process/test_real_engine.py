@@ -30,7 +30,9 @@ pytestmark = pytest.mark.process
 
 FAMILY = REPOSITORY / "tests" / "engine" / "families" / "qwen3"
 CONTEXT = 4096
+LONG = 3_000  # tokens: some seconds
 LOAD_S_MAX = 120.0  # with no kernel compiled yet, on a busy host
+SEEN: list[dict[str, Any]] = []  # of "good" while the fixture loaded it
 STALL = {"idle_s": 3, "decode_s": 3, "prefill_s": 3}  # a beat a second
 
 
@@ -114,7 +116,7 @@ def peer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Peer]:
         (it.data / "cache" / "cpu0").symlink_to(CACHE)  # kernels that other tests have compiled
         it.start()
         it.await_workers(within_s=LOAD_S_MAX)
-        load(it, "good")
+        load(it, "good", seen=SEEN)
         yield it
 
 
@@ -124,14 +126,19 @@ def state(peer: Peer, model: str) -> dict[str, Any]:
     return next((found for found in worker["models"] if found["name"] == model), {})
 
 
-def load(peer: Peer, model: str, until: str = "loaded") -> dict[str, Any]:
+def load(
+    peer: Peer, model: str, until: str = "loaded", seen: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Its state when it is there. `seen` gets those on the way."""
     peer.post("/models/assign", {"model_name": model, "preload": True})
-    return poll(
-        f"{model} is {until}",
-        lambda: found if (found := state(peer, model)).get("status") == until else {},
-        LOAD_S_MAX,
-        0.05,
-    )
+
+    def there() -> dict[str, Any]:
+        found = state(peer, model)
+        if seen is not None:
+            seen.append(found)
+        return found if found.get("status") == until else {}
+
+    return poll(f"{model} is {until}", there, LOAD_S_MAX, 0.02)
 
 
 def unload(peer: Peer, model: str) -> None:
@@ -148,6 +155,12 @@ def task(tokens: int) -> dict[str, Any]:
     return {"model": "good", "parameters": parameters}
 
 
+@pytest.fixture(scope="module")
+def long_text(peer: Peer) -> str:
+    """Of so many tokens that something can be done to the engine meanwhile."""
+    return text_of(peer, generate(peer, LONG))[0]
+
+
 def text_of(peer: Peer, task_id: str, wait_s: float = 60.0) -> tuple[str, int]:
     """What was generated, and in which attempt."""
     ended = peer.task(task_id, wait_s=wait_s)
@@ -156,9 +169,13 @@ def text_of(peer: Peer, task_id: str, wait_s: float = 60.0) -> tuple[str, int]:
 
 
 def test_load_progress_comes_with_its_stage(peer: Peer) -> None:
-    done = state(peer, "good")
-    assert (done["status"], done["stage"]) == ("loaded", None)
-    assert done["memory_usage_bytes"] > 0
+    states = [found for found in SEEN if found]
+    stages = [found["stage"] for found in states if found["stage"]]
+    assert stages == sorted(stages, key=["fetch", "verify", "wait", "read", "upload", "compile"].index)
+    assert stages[-1] == "compile"
+    assert all(found["status"] == "loading" for found in states if found["stage"] == "compile")
+    assert (states[-1]["status"], states[-1]["stage"]) == ("loaded", None)
+    assert state(peer, "good")["memory_usage_bytes"] > 0
 
 
 @pytest.mark.parametrize("model", BROKEN)
@@ -173,13 +190,12 @@ def test_a_broken_file_is_said_and_harms_nothing(peer: Peer, model: str) -> None
     assert text_of(peer, generate(peer))[1] == 1
 
 
-def test_kill_9_in_the_middle_of_a_text(peer: Peer) -> None:
-    right, _ = text_of(peer, generate(peer, 1_000))
-    engine, task_id = one_engine(peer), generate(peer, 1_000)
+def test_kill_9_in_the_middle_of_a_text(peer: Peer, long_text: str) -> None:
+    engine, task_id = one_engine(peer), generate(peer, LONG)
     poll("it generates", lambda: (peer.task(task_id).get("tokens_so_far") or 0) > 0, 20.0)
     os.kill(engine, signal.SIGKILL)
     new_engine(peer, engine)
-    assert text_of(peer, task_id) == (right, 2)
+    assert text_of(peer, task_id) == (long_text, 2)
 
 
 def test_a_frozen_engine_is_ended_and_its_task_done_by_the_next(peer: Peer) -> None:
@@ -223,15 +239,15 @@ def test_memory_that_ends_during_a_load_fails_the_load(peer: Peer) -> None:
     assert text_of(peer, generate(peer))[0] == right
 
 
-def test_memory_that_ends_while_tasks_run_costs_an_attempt(peer: Peer) -> None:
-    right, _ = text_of(peer, generate(peer, 1_000))
-    engine, task_id = one_engine(peer), generate(peer, 1_000)
+def test_memory_that_ends_while_tasks_run_costs_an_attempt(peer: Peer, long_text: str) -> None:
+    engine, task_id = one_engine(peer), generate(peer, LONG)
     poll("it generates", lambda: (peer.task(task_id).get("tokens_so_far") or 0) > 0, 20.0)
     address_space(engine, -psutil.Process(engine).memory_info().vms)
-    prompt = "the moon " * 150  # counting its tokens needs memory that is not there
+    prompt = "the moon " * 50_000  # counting its tokens needs megabytes that are not there
     long = peer.submit("", model="good", parameters={"prompt": prompt, "max_tokens": 5})["task_id"]
-    assert text_of(peer, task_id) == (right, 2)
-    assert text_of(peer, long)[0]
+    assert text_of(peer, task_id) == (long_text, 2)
+    ended = peer.task(long, wait_s=60)
+    assert (ended["status"], ended["error"]["code"]) == ("failed", "prompt_too_long")
     assert not is_engine(engine)
 
 
