@@ -21,6 +21,7 @@ from tinygrad.uop.ops import UOp
 
 from engine import experts, kernels, llvm
 from engine.matrices import LANES, LAYOUTS, Layout, Matrix, PackedForm, Part
+from engine.slot_copy import copy_positions
 
 RENDERERS: dict[str, Any] = {"LLVM": AMDLLVMRenderer, "PTX": PTXRenderer, "CUDA": CUDARenderer}
 ROWS, HEADS, GROUPS, WIDTH, SLOTS, LENGTH = 4, 4, 2, 64, 2, 64
@@ -66,6 +67,7 @@ def step() -> None:
     mixed = kernels.attention(queries, cache, slots, positions, length)
     x = kernels.matmul(mixed, Tensor.ones(embedding, embedding).half().contiguous(), residual=x)
     assert np.isfinite(kernels.gated(x).numpy()).all()
+    copy_positions(cache, Tensor(np.array([0, 1], dtype=np.int32)), length).realize()
     peculiar(qkv, angles, empty, slots, positions, length)
 
 
