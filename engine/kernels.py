@@ -15,6 +15,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.codegen.opt import Opt, OptOps
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
+from engine import cpu_attention, cpu_gated, cpu_matmul, vectors
 from engine.matrices import LANES, DenseForm, Matrix, PackedForm, Part
 from engine.recording import call
 
@@ -106,12 +107,20 @@ def matmul(
     """
     matrix = weight if isinstance(weight, Matrix) else Matrix.dense(weight)
     values = x.x if isinstance(x, Normed) else x
-    if isinstance(x, Normed) and _on_cpu(values):  # once for all outputs; a GPU saves the launch
-        x = values = x.applied()
     rows, outputs = values.shape[0], matrix.shape[0]
     out, top = Tensor.empty(rows, outputs, dtype=dtypes.float32, device=values.device), 0
+    integers: Tensor | None = None
     for part in matrix.parts:
-        out = _product(out, x, part, top, bias, residual, threads)
+        if isinstance(part.form, PackedForm) and _on_cpu(values) and vectors.usable(values):
+            if integers is None:
+                norm = x if isinstance(x, Normed) else None
+                inverse, factors = (norm.inverse, norm.weight) if norm else (None, None)
+                integers = cpu_matmul.quantised(values, inverse, factors, threads)
+            out = cpu_matmul.product(out, integers, part, top, bias, residual, threads)
+        else:
+            if isinstance(x, Normed) and _on_cpu(values):  # once for all outputs; a GPU saves the launch
+                x = x.applied()
+            out = _product(out, x, part, top, bias, residual, threads)
         top += part.form.outputs
     return out
 
@@ -307,7 +316,13 @@ def inverse_head_norms(qkv: Tensor, heads: int, width: int, epsilon: float) -> T
 
 
 def attention(
-    queries: Tensor, cache: Tensor, slots: Tensor, positions: Tensor, length: UOp, window: int = 0
+    queries: Tensor,
+    cache: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    length: UOp,
+    window: int = 0,
+    threads: int = 1,
 ) -> Tensor:
     """Causal attention of each row over its own slot's cache, or over the `window` positions that end at its own.
 
@@ -315,6 +330,8 @@ def attention(
     max(positions) + 1: one graph serves every length. -> [R, H D].
     """
     rows, heads, width = queries.shape
+    if _on_cpu(cache) and vectors.usable(cache) and cpu_attention.fits(queries, cache):
+        return cpu_attention.attention(queries, cache, slots, positions, length, window, threads)
     scores = _scores(queries, cache, slots, positions, length, window)
     weights = _exponentials(scores, length)
     return _weighted_values(weights, cache, slots, length).reshape(rows, heads * width)
@@ -429,10 +446,12 @@ def add_normed(x: Tensor, out: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
     return call(kernel, total, x, out, scale, weight)
 
 
-def gated(x: Tensor, gelu: bool = False) -> Tensor:
+def gated(x: Tensor, gelu: bool = False, threads: int = 1) -> Tensor:
     """x [R, 2 F] = gate and up side by side -> silu(gate) * up, or gelu(gate) * up (by tanh), [R, F]."""
     rows, twice = x.shape
     size = twice // 2
+    if _on_cpu(x) and size % cpu_gated.LANES == 0 and vectors.usable(x):
+        return cpu_gated.gated(x, GELU_FACTOR if gelu else 0.0, threads)
 
     def kernel(out: UOp, x: UOp) -> UOp:
         r, f = UOp.range(rows, 0), UOp.range(size, 1)

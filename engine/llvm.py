@@ -28,6 +28,9 @@ OPTIMISATION_LEVEL = 2
 # tinygrad lets LLVM fuse multiply and add, but not reorder a sum, without which its loop vectoriser leaves every dot
 # product scalar (B=1, 1536x576: 4 instead of 12 GFLOP/s). Sums are reordered on the CPU only.
 TINYGRAD_FLAGS = "nsz arcp contract afn"
+# Where a sum has two products LLVM fuses one or the other, as the loop around it suggests. These kernels keep both, so
+# that a row's keys and queries are the same bits whatever rows are beside it.
+UNFUSED = ("@write_cache_", "@rotate_")
 
 
 def _init(self: Any, arch: str, processor: str, feats: str, cache_key: str | None = None) -> None:
@@ -54,7 +57,10 @@ def _init_cpu(self: Any, arch: list[str], cache_key: str | None = None) -> None:
     features = [name if name.startswith("-") else f"+{name}" for name in named]
     if processor == "native":
         processor = llvm.get_host_cpu_name()
-        features.append(llvm.get_host_cpu_features().flatten())
+        found = llvm.get_host_cpu_features().flatten()
+        features.append(found)
+        if "+avx512vnni" in found:  # multiply and add pairs in one instruction: LLVM would tune for two
+            features.append("+fast-dpwssd")
     if self.arch == "arm64":
         features.insert(0, "+reserve-x18")  # x18 belongs to the platform, see ClangJITCompiler
     _init(self, self.arch, processor, ",".join(filter(None, features)), cache_key)
@@ -63,7 +69,8 @@ def _init_cpu(self: Any, arch: list[str], cache_key: str | None = None) -> None:
 def _compile_to_obj(self: Any, src: str) -> bytes:
     """LLVM IR in, a relocatable ELF object out. RuntimeError with LLVM's own words on IR it refuses."""
     if self.jit:
-        src = src.replace(TINYGRAD_FLAGS, TINYGRAD_FLAGS + " reassoc")
+        fused = not any(f"void {name}" in src for name in UNFUSED)
+        src = src.replace(TINYGRAD_FLAGS, TINYGRAD_FLAGS + " reassoc" if fused else "nsz arcp afn")
     module = llvm.parse_assembly(src)
     module.verify()
     options = llvm.create_pipeline_tuning_options(speed_level=OPTIMISATION_LEVEL)

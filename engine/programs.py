@@ -66,7 +66,7 @@ def compiled() -> int:
 def stored_program(ast: UOp, renderer: Any) -> UOp:
     """`tinygrad.codegen.to_program`, from memory, the cache file or tinygrad."""
     global _compiled
-    if ast.op is Ops.PROGRAM:
+    if ast.op is Ops.PROGRAM and len(ast.src) == 5:  # compiled already
         return ast
     key = _key(ast, renderer)
     program = _programs.get(key)

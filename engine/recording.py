@@ -14,7 +14,10 @@ from typing import Any
 from tinygrad import Tensor
 from tinygrad.engine.jit import CapturedJit, jit_lower
 from tinygrad.engine.realize import compile_linear
+from tinygrad.schedule.memory import memory_plan_rewrite
 from tinygrad.uop.ops import Ops, UOp, buffers
+
+from engine import native
 
 Kernel = Callable[..., UOp]
 
@@ -47,6 +50,8 @@ class Recording:
         calls = [_of_used_buffers(call) for call in linear.src if _touches_buffers(call)]
         linear = linear.replace(src=tuple(calls))
         held = {*buffers, _buffer(result)}
+        if native.runs(linear):
+            return native.NativeStep(result, memory_plan_rewrite(linear, held))
         return CapturedJit(result, jit_lower(linear, held, []), [], [])
 
 

@@ -260,7 +260,9 @@ class _Shard:
         queries = kernels.rotate_queries(
             qkv, angles, c.heads, c.width, c.query_scale, c.rotation, queries_norm
         )
-        mixed = kernels.attention(queries, cache, rows.slots, rows.positions, rows.length, layer.window)
+        mixed = kernels.attention(
+            queries, cache, rows.slots, rows.positions, rows.length, layer.window, self._threads
+        )
         return self._matmul(mixed, block.output, residual=self._residual(x, block.attention_post))
 
     def feed_forward(self, x: Tensor, index: int) -> Tensor:
@@ -272,7 +274,7 @@ class _Shard:
             chosen, weights = experts.choose(kernels.matmul(normed, part.router), c.experts_used)
             inner = experts.expand(normed, part.gate, part.up, chosen, c.experts)
             return experts.contract(inner, part.down, chosen, weights, residual, c.experts)
-        inner = kernels.gated(self._matmul(normed, part.gate_up), c.gelu)
+        inner = kernels.gated(self._matmul(normed, part.gate_up), c.gelu, self._threads)
         return self._matmul(inner, part.down, residual=residual)
 
     def settle(self, x: Tensor, total: Tensor, norm: Tensor | None) -> Tensor:
