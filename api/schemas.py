@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
+from api.schemas_results import EmbeddingResult, TensorResult
 from peer import limits
 from peer.state.key import Scope
 from peer.state.plan import Strategy
@@ -258,17 +259,6 @@ class TaskResult(Answer, tag_field="task_type", tag="text_generation"):
     logprobs: list[TokenLogprobs] | UnsetType = UNSET
 
 
-class EmbeddingResult(Answer, tag_field="task_type", tag="embedding"):
-    """A vector for each text, in their order."""
-
-    embeddings: list[list[float]]
-    dimensions: int
-    prompt_tokens: int
-    processing_time: str
-    processing_time_seconds: float
-    stand_in: bool
-
-
 class TaskError(Answer):
     code: str
     message: str
@@ -304,7 +294,7 @@ class TaskDetail(Read):
     started_at: str | None
     completed_at: str | None
     duration: str | None
-    result: TaskResult | EmbeddingResult | None
+    result: TaskResult | EmbeddingResult | TensorResult | None
     estimated_wait_time: str | None  # null: nothing measured to estimate from, or no longer waiting
     task_type: str
     model_name: str

@@ -8,7 +8,7 @@ from msgspec import Meta
 
 from api.schemas import Body, Name, Priority
 from peer import limits
-from peer.state.task import Embedding, TextGeneration
+from peer.state.task import Embedding, TensorInputs, TextGeneration
 
 
 class _Submission(Body, tag_field="task_type", kw_only=True):
@@ -31,4 +31,10 @@ class SubmitEmbedding(_Submission, tag="embedding", kw_only=True):
     parameters: Embedding
 
 
-SubmitTask: TypeAlias = SubmitTextGeneration | SubmitEmbedding
+class SubmitTensor(_Submission, tag="tensor", kw_only=True):
+    """Arrays in, arrays out: what an ONNX model computes."""
+
+    parameters: TensorInputs
+
+
+SubmitTask: TypeAlias = SubmitTextGeneration | SubmitEmbedding | SubmitTensor

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import struct
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
 from msgspec import Meta
 
-from api import format, logprobs, schemas, schemas_submit, stale
+from api import format, results, schemas, schemas_submit, stale
 from api.decode import BodyDecoder
 from api.http import ID, Call, Param, Reply, Route, query_choice, query_float, query_int
 from api.models import priority_number
@@ -22,11 +21,10 @@ from peer.state.model import Model
 from peer.state.task import (
     SHOWN_STATUSES,
     TERMINAL,
-    Array,
     Embedding,
     JsonSchema,
     Task,
-    TaskResult,
+    TensorInputs,
     TextGeneration,
     schema_problem,
     shown,
@@ -51,44 +49,6 @@ def _error(task: Task) -> schemas.TaskError | None:
     return schemas.TaskError(code=task.error.code, message=task.error.message) if task.error else None
 
 
-def _result(view: command.TaskView) -> schemas.TaskResult | schemas.EmbeddingResult | None:
-    result = view.result
-    if result is None:
-        return None
-    if view.task.task_type == "embedding":
-        return _embeddings(result)
-    return schemas.TaskResult(
-        generated_text=result.generated_text,
-        tokens_generated=result.tokens_generated,
-        processing_time=format.duration(result.processing_s),
-        processing_time_seconds=round(result.processing_s, 6),
-        prompt_tokens=result.prompt_tokens,
-        cached_tokens=result.cached_tokens,
-        finish_reason=result.finish_reason,
-        first_token_seconds=round(result.first_token_s, 6),
-        stand_in=result.stand_in,
-        logprobs=logprobs.shown(result.logprobs),
-    )
-
-
-def _embeddings(result: TaskResult) -> schemas.EmbeddingResult:
-    vectors = [_rows(array) for array in result.arrays if array.name == "embeddings"]
-    rows = vectors[0] if vectors else []
-    return schemas.EmbeddingResult(
-        embeddings=rows,
-        dimensions=len(rows[0]) if rows else 0,
-        prompt_tokens=result.prompt_tokens,
-        processing_time=format.duration(result.processing_s),
-        processing_time_seconds=round(result.processing_s, 6),
-        stand_in=result.stand_in,
-    )
-
-
-def _rows(array: Array) -> list[list[float]]:
-    """A float32 matrix's rows."""
-    return [list(row) for row in struct.iter_unpack(f"<{array.shape[1]}f", array.data)]
-
-
 def detail(view: command.TaskView) -> schemas.TaskDetail:
     task = view.task
     took_s = duration_s(task)
@@ -100,7 +60,7 @@ def detail(view: command.TaskView) -> schemas.TaskDetail:
         started_at=format.timestamp_or_none(task.started_at),
         completed_at=format.timestamp_or_none(task.completed_at),
         duration=None if took_s is None else format.duration(took_s),
-        result=_result(view),
+        result=results.shown(view),
         estimated_wait_time=format.estimate_or_none(view.estimated_wait_s),
         task_type=task.task_type,
         model_name=task.model_name,
@@ -138,8 +98,10 @@ def summary(task: Task) -> schemas.TaskSummary:
     )
 
 
-def _tokens_at_most(parameters: TextGeneration | Embedding) -> int:
+def _tokens_at_most(parameters: TextGeneration | Embedding | TensorInputs) -> int:
     """An upper bound that costs nothing: no tokenizer makes more tokens than there are bytes."""
+    if isinstance(parameters, TensorInputs):
+        return 0
     if isinstance(parameters, Embedding):
         texts = [parameters.input] if isinstance(parameters.input, str) else parameters.input
         return max(len(text.encode()) for text in texts) + TEMPLATE_TOKENS_MAX
@@ -190,8 +152,8 @@ def _idempotency_key(call: Call) -> str:
     return key
 
 
-def _check_parameters(parameters: TextGeneration | Embedding) -> None:
-    if isinstance(parameters, Embedding):
+def _check_parameters(parameters: TextGeneration | Embedding | TensorInputs) -> None:
+    if not isinstance(parameters, TextGeneration):
         return
     if (parameters.prompt is None) == (parameters.messages is None):
         raise BadRequest(

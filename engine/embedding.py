@@ -24,9 +24,9 @@ from engine.states import StateRow
 
 
 class States(Protocol):
-    """A loaded model. Slots are independent of each other."""
+    """A loaded model. Texts are independent of each other."""
 
-    slots: int
+    texts: int  # at once, each in a slot
     context: int  # tokens of the longest text
     rows_max: int  # of one step
     rows_packed: int  # of a step with several texts
@@ -90,7 +90,7 @@ class EmbeddingBatcher:
         self._waiting: deque[_Run] = deque()
         self._active: dict[str, _Run] = {}
         self._texts: list[_Text] = []
-        self._free_slots = list(range(model.slots))
+        self._free_slots = list(range(model.texts))
 
     @property
     def active(self) -> int:
@@ -160,7 +160,7 @@ class EmbeddingBatcher:
         self._active.clear()
         self._waiting.clear()
         self._texts.clear()
-        self._free_slots = list(range(self._model.slots))
+        self._free_slots = list(range(self._model.texts))
         return [RunFailed(run_id=run_id, code=code, message=message, retryable=True) for run_id in ids]
 
     # ------------------------------------------------------------ steps

@@ -107,7 +107,7 @@ class EmbeddingFiles:
                 network = Encoder(self.config, weights, length, threads)
             else:
                 network = DecoderStates(Decoder(self.config, weights, self.slots, length, threads))
-        return StatesModel(network, self.context, on_cpu)
+        return StatesModel(network, self.slots, self.context, on_cpu)
 
     def batcher(self, model: StatesModel) -> EmbeddingBatcher:
         return EmbeddingBatcher(model, self.encoder, self.pooling)

@@ -1,9 +1,10 @@
 """The stand-in engine: `Configure.device == "fake"`. Same process and protocol, no model, no GPU.
 
 Every model "loads" and behaves as `echo`: it gives back the prompt's words, one token a word; of an embedding task's
-texts it gives vectors that are the same for the same words. It says so (`Ready.stand_in`). It can misbehave on
-purpose, by a `Fault` message, by `Configure.fake["fault"]` and by a prompt that begins with "fault:<kind>". Of the
-parameters of texts it knows the prompt, max_tokens and logprobs, which are 0: what it says is certain. The faults:
+texts it gives vectors that are the same for the same words, of a tensor task's arrays the arrays. It says so
+(`Ready.stand_in`). It can misbehave on purpose, by a `Fault` message, by `Configure.fake["fault"]` and by a prompt that
+begins with "fault:<kind>". Of the parameters of texts it knows the prompt, max_tokens and logprobs, which are 0: what
+it says is certain. The faults:
 
     hang            no heartbeat, no step, no answer for ever; still exits at end of stream
     die             os._exit(70)
@@ -29,7 +30,7 @@ from typing import Any, NoReturn, cast
 import msgspec
 
 from engine.errors import RunError
-from engine.fake_embedding import embed, longest
+from engine.fake_embedding import embed, given_back, longest
 from engine.process import EXIT_FAULT, EXIT_OK, EXIT_PROTOCOL, EXIT_UNUSABLE, RECV_BYTES, exit_now, log
 from engine.protocol import (
     Cancel,
@@ -370,22 +371,26 @@ class FakeEngine:
         free = self._active_total < self._configure.slots_max and len(model.active) < self._slots(model.load)
         return model.loaded and free
 
-    def _embed(self, run: Run, model: FakeModel) -> None:
+    def _compute(self, run: Run, model: FakeModel) -> None:
         """All at once: there is nothing to wait for."""
         began_s = time.monotonic()
         try:
-            tokens, array = embed(run.parameters, model.load.context)
+            if run.task_type == "tensor":
+                tokens, arrays = 0, given_back(run.parameters)
+            else:
+                tokens, array = embed(run.parameters, model.load.context)
+                arrays = [array]
         except RunError as error:
             self._fail(run.run_id, error.code, str(error))
             return
         self._steps += 1
         self._send(Started(run_id=run.run_id, prompt_tokens=tokens))
-        self._send(Output(run_id=run.run_id, arrays=[array]))
+        self._send(Output(run_id=run.run_id, arrays=arrays))
         self._send(_finished(run.run_id, "stop", tokens, 0, time.monotonic() - began_s))
 
     def _start(self, run: Run, model: FakeModel) -> None:
-        if run.task_type == "embedding":
-            self._embed(run, model)
+        if run.task_type != "text_generation":
+            self._compute(run, model)
             return
         words = prompt_text(run.parameters).split()
         if len(words) >= model.load.context:

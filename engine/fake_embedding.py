@@ -1,7 +1,11 @@
-"""What the stand-in engine gives for an embedding task: vectors that are the same for the same words."""
+"""What the stand-in engine gives for an embedding task: vectors that are the same for the same words.
+
+And for a tensor task: the arrays that it was given.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import struct
 from typing import Any
@@ -10,6 +14,11 @@ from engine.errors import RunError
 from engine.protocol import Array
 
 DIMENSIONS = 8
+_FORMATS = {"float32": "f", "float64": "d", "float16": "e", "bool": "?"} | {
+    f"{sign}int{bits}": letter.upper() if sign else letter
+    for bits, letter in ((8, "b"), (16, "h"), (32, "i"), (64, "q"))
+    for sign in ("", "u")
+}
 
 
 def texts_of(parameters: dict[str, Any]) -> list[str]:
@@ -45,3 +54,20 @@ def _vector(words: list[str], normalize: bool) -> bytes:
     numbers = [byte / 127.5 - 1.0 for byte in digest[:DIMENSIONS]]
     size = sum(number * number for number in numbers) ** 0.5 if normalize else 1.0
     return struct.pack(f"<{DIMENSIONS}f", *(number / size for number in numbers))
+
+
+def given_back(parameters: dict[str, Any]) -> list[Array]:
+    """A tensor task's arrays. Raises RunError `bad_parameters`."""
+    return [_array(name, given) for name, given in parameters.get("inputs", {}).items()]
+
+
+def _array(name: str, given: dict[str, Any]) -> Array:
+    data = given["data"]
+    try:
+        if isinstance(data, str):
+            packed = base64.b64decode(data, validate=True)
+        else:
+            packed = struct.pack(f"<{len(data)}{_FORMATS[given['dtype']]}", *data)
+    except (ValueError, OverflowError, struct.error) as error:
+        raise RunError("bad_parameters", f"input {name}: {error}") from None
+    return Array(name, given["dtype"], tuple(given["shape"]), packed)

@@ -60,7 +60,7 @@ class Load(Message, frozen=True, tag="load"):
     family: str  # whitelisted architecture, e.g. "llama"
     context: int = 2048  # tokens per slot
     slots: int = 8
-    task_type: str = "text_generation"  # what its runs are of: "embedding" computes vectors of texts
+    task_type: str = "text_generation"  # what its runs are of: this, "embedding" or "tensor"
 
 
 class Unload(Message, frozen=True, tag="unload"):

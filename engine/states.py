@@ -98,10 +98,12 @@ class _Bucket:
 
 
 class StatesModel:
-    """Hidden states of rows. Slots are independent of each other."""
+    """Hidden states of rows. Texts, each in a slot of the network's, are independent of each other."""
 
-    def __init__(self, network: Network, context: int, on_cpu: bool) -> None:
-        self.slots, self.context, self.whole = network.slots, context, network.whole
+    def __init__(self, network: Network, slots: int, context: int, on_cpu: bool) -> None:
+        """`slots`: runs at once; how many texts are in a step the network knows."""
+        self.slots, self.texts = slots, network.slots
+        self.context, self.whole = context, network.whole
         self.embedding = network.embedding
         self.sizes = bucket_sizes(context, network.whole, on_cpu)
         self.rows_max = self.sizes[-1]

@@ -23,8 +23,8 @@ SLOTS_MAX: Final = 256
 FOLDER_FILES_MAX: Final = 1_024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
-_TASK_TYPES: Final = frozenset({"embedding", "text_generation"})
-_ENCODERS: Final = frozenset({"bert"})  # families that generate no text
+_TASK_TYPES: Final = frozenset({"embedding", "tensor", "text_generation"})
+_ONLY: Final = {"bert": "embedding", "onnx": "tensor"}  # what families serve that generate no text
 _STAND_IN: Final = "echo"  # its family; a stand-in serves every type at once
 
 Kind = Literal["text", "bytes", "count", "list", "files"]
@@ -150,12 +150,16 @@ def _model(key: yaml.ScalarNode, node: yaml.Node, name: str, mistakes: list[str]
 
 def _wrong_task_types(fields: dict[str, Any]) -> Iterable[str]:
     """Which types of tasks the family cannot serve; fills in the one that it serves."""
-    encoder = fields["family"] in _ENCODERS
-    usual = "embedding" if encoder else "text_generation"
-    found = fields.setdefault("task_types", (usual,))
-    if encoder and found != (usual,):
-        yield f"is of family `{fields['family']}`, which serves `{usual}` only"
-    elif len(found) > 1 and fields["family"] != _STAND_IN:
+    family = fields["family"]
+    only = _ONLY.get(family)
+    found = fields.setdefault("task_types", (only or "text_generation",))
+    if family == _STAND_IN:
+        return
+    if only is not None and found != (only,):
+        yield f"is of family `{family}`, which serves `{only}` only"
+    elif only is None and "tensor" in found:
+        yield f"is of family `{family}`, which serves no `tensor`"
+    elif len(found) > 1:
         yield "serves one type of task at a time: make an entry for each of its `task_types`"
 
 
@@ -217,8 +221,11 @@ def _files(node: yaml.Node) -> tuple[ModelFile, ...]:
         if name in found:
             raise ValueError(f"`{name}` is there twice")
         found[name] = ModelFile(name=name, **_file_fields(name, value))
-    if "config.json" not in found or not any(name.endswith(".safetensors") for name in found):
-        raise ValueError("expected config.json and a .safetensors file among them")
+    safetensors = "config.json" in found and any(name.endswith(".safetensors") for name in found)
+    if not safetensors and not {"model.onnx", "test.npz"} <= found.keys():
+        raise ValueError(
+            "expected config.json and a .safetensors file among them, or model.onnx and test.npz"
+        )
     return tuple(found.values())
 
 

@@ -10,7 +10,7 @@ import msgspec
 
 SUFFIXES: Final = (".gguf", ".safetensors", ".onnx")
 PICKLED: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-FOLDER_SUFFIXES: Final = (".safetensors", ".json", ".jinja", ".txt", ".model")  # of files in a folder
+FOLDER_SUFFIXES: Final = (".safetensors", ".json", ".jinja", ".txt", ".model", ".onnx", ".npz")  # of files in a folder
 SOURCE_CHARS_MAX: Final = 2_000
 FORMS: Final = (
     "package:NAME==VERSION#MEMBER, hf:OWNER/REPO@REVISION#PATH, https://..., file:/PATH, builtin:echo; of a folder "

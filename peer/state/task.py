@@ -175,6 +175,39 @@ class Logprobs(msgspec.Struct, frozen=True, array_like=True):
 _LOGPROB_BYTES: Final = 24  # of one in the store, without its piece
 
 
+# numpy's name of a type -> `struct`'s
+ARRAY_FORMATS: Final = MappingProxyType(
+    {
+        "float32": "f",
+        "float64": "d",
+        "float16": "e",
+        "bool": "?",
+        "int8": "b",
+        "int16": "h",
+        "int32": "i",
+        "int64": "q",
+        "uint8": "B",
+        "uint16": "H",
+        "uint32": "I",
+        "uint64": "Q",
+    }
+)
+ArrayType = Literal[
+    "float32",
+    "float64",
+    "float16",
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+]
+
+
 class Array(msgspec.Struct, frozen=True, array_like=True):
     """Numbers in row-major order, little endian. `dtype` is numpy's name of their type."""
 
@@ -241,6 +274,8 @@ BIASES_MAX: Final = 1_024
 SCHEMA_BYTES_MAX: Final = 64 * 1024
 SCHEMA_DEPTH_MAX: Final = 64
 INPUTS_MAX: Final = 1_024
+TENSORS_MAX: Final = 64
+DIMENSIONS_MAX: Final = 16
 _INTEGERS: Final = range(-(2**63), 2**64)  # that a frame between peers can hold
 
 Text = Annotated[str, Meta(max_length=PROMPT_CHARS_MAX)]
@@ -305,6 +340,20 @@ class Embedding(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     input: EmbeddedText | Annotated[list[EmbeddedText], Meta(min_length=1, max_length=INPUTS_MAX)]
     normalize: bool | None = None
     truncate: bool = False
+
+
+class TensorInput(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """An array. `data` are its numbers in row-major order, or their little-endian bytes in base64."""
+
+    dtype: ArrayType
+    shape: Annotated[list[Annotated[int, Meta(ge=0, le=2**31)]], Meta(max_length=DIMENSIONS_MAX)]
+    data: str | list[bool | int | float]
+
+
+class TensorInputs(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Parameters of a `tensor` task: the model's inputs by name."""
+
+    inputs: Annotated[dict[str, TensorInput], Meta(min_length=1, max_length=TENSORS_MAX)]
 
 
 def schema_problem(schema: dict[str, Any]) -> str:

@@ -151,6 +151,7 @@ def test_a_family_has_its_type_of_task() -> None:
         ({"family": "bert"}, ("embedding",)),
         ({"family": "qwen3"}, ("text_generation",)),
         ({"family": "qwen3", "task_types": "[embedding]"}, ("embedding",)),
+        ({"family": "onnx"}, ("tensor",)),
         ({"family": "echo", "task_types": "[text_generation, embedding]"}, ("text_generation", "embedding")),
     ):
         assert parse_catalogue(entry(**fields).encode(), "c")["m"].task_types == task_types
@@ -162,6 +163,8 @@ def test_a_family_has_its_type_of_task() -> None:
         ("bert", "[text_generation]", "is of family `bert`, which serves `embedding` only"),
         ("bert", "[embedding, text_generation]", "serves `embedding` only"),
         ("qwen3", "[text_generation, embedding]", "serves one type of task at a time"),
+        ("onnx", "[embedding]", "is of family `onnx`, which serves `tensor` only"),
+        ("qwen3", "[tensor]", "is of family `qwen3`, which serves no `tensor`"),
     ],
 )
 def test_types_of_tasks_that_a_family_cannot_serve(family: str, task_types: str, words: str) -> None:

@@ -114,7 +114,7 @@ def test_an_engine_serves_embeddings_beside_others() -> None:
         engine.send(Load(model="m", path=path, family="bert", task_type="embedding"))
         loaded = engine.wait_for(lambda m: isinstance(m, Loaded | LoadFailed) and m.model == "m", 120)
         assert isinstance(loaded, Loaded), loaded
-        assert loaded.context == 96
+        assert (loaded.context, loaded.slots) == (96, 8)
         engine.send(ask("a/1", expected["texts"], normalize=False))
         done = engine.wait_end("a/1")
         assert done.prompt_tokens == sum(map(len, expected["ids"]))
@@ -141,7 +141,7 @@ class Counted:
     embedding = 3
 
     def __init__(self, slots: int = 2, rows: int = 8, packed: int = 8, whole: bool = False) -> None:
-        self.slots, self.rows_max, self.rows_packed, self.whole = slots, rows, packed, whole
+        self.texts, self.rows_max, self.rows_packed, self.whole = slots, rows, packed, whole
         self.context = 16
         self.steps: list[list[StateRow]] = []
         self.broken = False

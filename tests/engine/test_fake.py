@@ -81,6 +81,22 @@ def test_texts_that_are_too_long_are_refused_or_cut() -> None:
         assert cut == whole
 
 
+def test_gives_arrays_back() -> None:
+    def compute(run_id: str, **inputs: Any) -> Any:
+        engine.send(Run(run_id=run_id, model="m", task_type="tensor", parameters={"inputs": inputs}))
+        return engine.wait_end(run_id)
+
+    with fake() as engine:
+        numbers = {"dtype": "int16", "shape": [1, 2], "data": [-1, 258]}
+        packed = {"dtype": "float32", "shape": [1], "data": "AACAPw=="}
+        assert compute("a/1", x=numbers, y=packed).reason == "stop"
+        x, y = engine.of_run("a/1")[1].arrays
+        assert (x.name, x.dtype, x.shape, x.data) == ("x", "int16", (1, 2), b"\xff\xff\x02\x01")
+        assert struct.unpack("<f", y.data) == (1.0,)
+        assert compute("b/1", x={**numbers, "data": [1 << 20, 0]}).code == "bad_parameters"
+        assert compute("c/1", x={**packed, "data": "no base64"}).code == "bad_parameters"
+
+
 def test_starts_quickly_and_says_it_is_a_stand_in() -> None:
     began = time.monotonic()
     with fake(load=False) as engine:
