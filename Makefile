@@ -7,6 +7,7 @@
 # make chaos   200 faults on a real cluster, drawn by a seed, and a table of them; needs root (ARGS='--faults 50 --seed 7')
 # make lint    style, types and imports only
 # make bench   measurements beside other programs, in environments of their own (ARGS=--quick: a short round)
+# make bench-engine    the engine beside llama.cpp and tinygrad's own server; builds the first of them once (ARGS as above)
 # make bench-cluster   three hosts on this machine: failover, lost workers, rates, a soak; needs root (ARGS as above)
 # make clean   remove caches, build outputs and the demo's data
 #
@@ -16,7 +17,7 @@ export PYTHON
 BIN := .venv/bin
 # The tests that cover every branch of peer/state and peer/decide, which is asserted.
 PURE := tests/state tests/decide tests/leader tests/executor/test_judgements.py
-.PHONY: demo run cluster test simulate simulate-night chaos lint bench bench-cluster clean
+.PHONY: demo run cluster test simulate simulate-night chaos lint bench bench-engine bench-cluster clean
 .DEFAULT_GOAL := demo
 
 demo:
@@ -72,6 +73,10 @@ lint-ready:
 bench:
 	@.ci/setup test
 	$(BIN)/python -m tests.bench $(ARGS)
+
+bench-engine:
+	@.ci/setup test
+	$(BIN)/python -m tests.bench.engine $(ARGS)
 
 bench-cluster:
 	@.ci/setup test

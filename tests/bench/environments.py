@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.bench.processes import REPOSITORY, Missing
@@ -14,11 +15,15 @@ from tests.bench.processes import REPOSITORY, Missing
 BENCH = REPOSITORY / ".bench"
 REFERENCES = Path(__file__).resolve().parent / "references"
 INSTALL_S = 900.0
+BUILD_S = 3600.0
 VERSION_S = 60.0
 
 
-def environment(name: str) -> Path:
-    """The Python of a reference's virtual environment, made or renewed if need be. Raises Missing."""
+def environment(name: str, variables: Mapping[str, str] | None = None) -> Path:
+    """The Python of a reference's virtual environment, made or renewed if need be. Raises Missing.
+
+    `variables` are for pip, beside this process's own.
+    """
     requirements = REFERENCES / f"requirements-{name}.txt"
     digest = hashlib.sha256(requirements.read_bytes()).hexdigest()
     home = BENCH / name
@@ -28,7 +33,7 @@ def environment(name: str) -> Path:
     print(f"making .bench/{name} ...", file=sys.stderr, flush=True)
     shutil.rmtree(home, ignore_errors=True)
     _run([sys.executable, "-m", "venv", str(home)])
-    _run([str(python), "-m", "pip", "install", "--quiet", "--no-input", "-r", str(requirements)])
+    _run([str(python), "-m", "pip", "install", "--quiet", "--no-input", "-r", str(requirements)], variables)
     mark.write_text(digest)
     return python
 
@@ -50,10 +55,36 @@ def program(name: str, package: str, service: str = "") -> str:
     return found
 
 
-def _run(command: list[str]) -> None:
+def built(name: str, package: str, variables: Mapping[str, str]) -> Path:
+    """Like `environment`, where `package` has no wheel: one is built, and kept in .bench/wheels. Raises Missing.
+
+    `variables` say how; a wheel that pip made some other way before is not taken.
+    """
+    wheels = BENCH / "wheels"
+    if not list(wheels.glob(f"{package}-{pinned(name, package)}-*.whl")):
+        print(f"building {package}, which takes minutes ...", file=sys.stderr, flush=True)
+        if not shutil.which("g++"):
+            raise Missing(f"{package} is built from source, and there is no g++: apt-get install g++")
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-input",
+            "--no-deps",
+            "--no-cache-dir",
+        ]
+        wanted = f"{package}=={pinned(name, package)}"
+        _run([*command, "--wheel-dir", str(wheels), wanted], variables, BUILD_S)
+    return environment(name, {"PIP_FIND_LINKS": f"{os.environ.get('PIP_FIND_LINKS', '')} {wheels}".strip()})
+
+
+def _run(command: list[str], variables: Mapping[str, str] | None = None, limit_s: float = INSTALL_S) -> None:
     quiet = os.environ | {"DEBIAN_FRONTEND": "noninteractive", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    quiet |= dict(variables or {})
     try:
-        done = subprocess.run(command, env=quiet, capture_output=True, text=True, timeout=INSTALL_S)
+        done = subprocess.run(command, env=quiet, capture_output=True, text=True, timeout=limit_s)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Missing(f"{' '.join(command[:4])}: {error}") from None
     if done.returncode:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
-
-from tests.bench.load import Outcome
+from typing import Any, Protocol, TypeVar
 
 NOTE_CHARS = 160
 REPEATS = 2
 QUIET = 0.10  # share of all cores that others may take in a round that counts
+
+
+class Measured(Protocol):
+    """One round's figures. `foreign`: share of all cores that processes of others took meanwhile."""
+
+    foreign: float
+
+
+M = TypeVar("M", bound=Measured)
 
 
 @dataclass
@@ -61,13 +68,13 @@ class Options:
     quick: bool = False
 
 
-def steady(outcomes: Sequence[Outcome]) -> list[Outcome]:
+def steady(outcomes: Sequence[M]) -> list[M]:
     """Those that were measured while others left the machine alone; if there are none the quietest half."""
     quiet = [outcome for outcome in outcomes if outcome.foreign <= QUIET]
     return quiet or sorted(outcomes, key=lambda one: one.foreign)[: (len(outcomes) + 1) // 2]
 
 
-def enough(rounds: Mapping[str, Sequence[Outcome]], done: int, options: Options) -> bool:
+def enough(rounds: Mapping[str, Sequence[Measured]], done: int, options: Options) -> bool:
     """Whether to stop after `done` rounds: noisy ones are repeated, at most REPEATS times."""
     if done < options.rounds:
         return False
@@ -77,7 +84,7 @@ def enough(rounds: Mapping[str, Sequence[Outcome]], done: int, options: Options)
     return all(sum(one.foreign <= QUIET for one in every) >= wanted for every in rounds.values())
 
 
-def noise(*every: Sequence[Outcome]) -> str:
+def noise(*every: Sequence[Measured]) -> str:
     """Says that a figure had no quiet round, if so."""
     if any(outcomes and min(one.foreign for one in outcomes) > QUIET for outcomes in every):
         return "noisy: no round in which other processes left the cores alone"

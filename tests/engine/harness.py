@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from engine.protocol import SOCKET_ENV, Configure, Frames, Hello, Message, Run, encode
 
@@ -18,9 +18,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class EngineProcess:
-    """Starts `python -m engine` and talks to it. `seen` keeps every message in the order of arrival."""
+    """Starts `python -m engine` and talks to it. `seen` keeps every message in the order of arrival.
 
-    def __init__(self, configure: Configure | None = None, hello: Hello | None = None) -> None:
+    Its log goes to `log`, else to a pipe that nobody reads: enough for a test's few lines.
+    """
+
+    def __init__(
+        self, configure: Configure | None = None, hello: Hello | None = None, log: IO[bytes] | None = None
+    ) -> None:
         ours, theirs = socket.socketpair()
         environment = os.environ | {SOCKET_ENV: str(theirs.fileno())}
         self.process = subprocess.Popen(
@@ -28,7 +33,7 @@ class EngineProcess:
             cwd=REPOSITORY,
             env=environment,
             pass_fds=[theirs.fileno()],
-            stderr=subprocess.PIPE,
+            stderr=log or subprocess.PIPE,
         )
         theirs.close()
         self.sock = ours
@@ -48,8 +53,8 @@ class EngineProcess:
         finally:
             self.process.kill()
             self.process.wait()
-            assert self.process.stderr is not None
-            self.process.stderr.close()
+            if self.process.stderr is not None:
+                self.process.stderr.close()
 
     def send(self, *messages: Message) -> None:
         self.sock.sendall(b"".join(encode(message) for message in messages))

@@ -1,6 +1,6 @@
 """An independent llama forward pass in numpy float32: what the engine's tokens are compared with.
 
-Shares nothing with the engine but the GGUF header reader; decodes F32, Q4_1 and Q8_0 by the format's description.
+Shares nothing with the engine but the GGUF header reader; decodes blocks by the format's description.
 """
 
 from __future__ import annotations
@@ -13,32 +13,69 @@ import numpy as np
 from engine import gguf as gguf_file
 
 
+def _half(raw: np.ndarray) -> np.ndarray:
+    return raw.copy().view("<f2").astype("f4")
+
+
 def _decode(raw: np.ndarray, kind: int) -> np.ndarray:
     if kind == 0:
         return raw.view("<f4")
     if kind == 3:  # Q4_1: scale, minimum, 16 bytes: low nibbles first
         blocks = raw.reshape(-1, 20)
-        scale, least = (blocks[:, a : a + 2].copy().view("<f2").astype("f4") for a in (0, 2))
         nibbles = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1).astype("f4")
-        return (nibbles * scale + least).reshape(-1)
+        return (nibbles * _half(blocks[:, :2]) + _half(blocks[:, 2:4])).reshape(-1)
+    if kind == 6:  # Q5_0: scale, 32 fifth bits, 16 bytes: low nibbles first
+        blocks = raw.reshape(-1, 22)
+        high = np.unpackbits(blocks[:, 2:6], axis=1, bitorder="little") << 4
+        nibbles = np.concatenate([blocks[:, 6:] & 15, blocks[:, 6:] >> 4], axis=1)
+        return (((nibbles | high).astype("f4") - 16) * _half(blocks[:, :2])).reshape(-1)
     if kind == 8:  # Q8_0: scale, 32 signed bytes
         blocks = raw.reshape(-1, 34)
-        scale = blocks[:, :2].copy().view("<f2").astype("f4")
-        return (blocks[:, 2:].view(np.int8).astype("f4") * scale).reshape(-1)
+        return (blocks[:, 2:].view(np.int8).astype("f4") * _half(blocks[:, :2])).reshape(-1)
+    if kind == 12:
+        return _decode_q4_k(raw.reshape(-1, 144))
+    if kind == 14:
+        return _decode_q6_k(raw.reshape(-1, 210))
     raise ValueError(f"ggml type {kind}")
+
+
+def _decode_q4_k(blocks: np.ndarray) -> np.ndarray:
+    """Scale, least, 8 pairs of 6-bit scales and minimums in 12 bytes, 128 bytes: 4 times 32 low, 32 high nibbles."""
+    packed = blocks[:, 4:16]
+    first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    scales = np.concatenate([first & 63, third & 15 | (first >> 6) << 4], axis=1).astype("f4")
+    leasts = np.concatenate([second & 63, third >> 4 | (second >> 6) << 4], axis=1).astype("f4")
+    quarters = blocks[:, 16:].reshape(-1, 4, 1, 32)
+    nibbles = np.concatenate([quarters & 15, quarters >> 4], axis=2).reshape(-1, 8, 32).astype("f4")
+    scales, leasts = scales * _half(blocks[:, :2]), leasts * _half(blocks[:, 2:4])
+    return (nibbles * scales[:, :, None] - leasts[:, :, None]).reshape(-1)
+
+
+def _decode_q6_k(blocks: np.ndarray) -> np.ndarray:
+    """128 bytes of low nibbles, 64 of upper pairs of bits, 16 signed scales, a scale; two halves of 128 values."""
+    low, high = blocks[:, :128].reshape(-1, 2, 2, 32), blocks[:, 128:192].reshape(-1, 2, 32)
+    nibbles = np.concatenate([low & 15, low >> 4], axis=2)  # [blocks, half, quarter, 32]
+    pairs = np.stack([high >> shift & 3 for shift in (0, 2, 4, 6)], axis=2)
+    values = (nibbles | pairs << 4).reshape(-1, 16, 16).astype("f4") - 32
+    scales = blocks[:, 192:208].view(np.int8).astype("f4") * _half(blocks[:, 208:])
+    return (values * scales[:, :, None]).reshape(-1)
+
+
+def weights(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """A file's metadata, and its tensors in float32."""
+    header = gguf_file.read(path)
+    data = np.fromfile(path, dtype=np.uint8)
+    return header.metadata, {
+        info.name: _decode(data[info.offset : info.offset + info.size], info.kind).reshape(info.shape)
+        for info in header.tensors.values()
+    }
 
 
 class Reference:
     """The whole model in memory; every call computes every position anew."""
 
     def __init__(self, path: Path) -> None:
-        header = gguf_file.read(path)
-        data = np.fromfile(path, dtype=np.uint8)
-        self.w: dict[str, np.ndarray] = {
-            info.name: _decode(data[info.offset : info.offset + info.size], info.kind).reshape(info.shape)
-            for info in header.tensors.values()
-        }
-        self.meta: dict[str, Any] = header.metadata
+        self.meta, self.w = weights(path)
 
     def logits(self, tokens: list[int]) -> np.ndarray:
         """Of the last position."""
