@@ -9,7 +9,6 @@ from pathlib import Path
 
 from peer.cli.findings import Finding, fail, ok, warn
 
-AMD_VENDOR = "0x1002"
 SUPPORTED = re.compile(r"gfx(942|950|11[0-9a-f]{2}|12[0-9a-f]{2})")
 SUPPORTED_TEXT = "gfx942, gfx950, gfx11xx, gfx12xx"
 

@@ -19,7 +19,6 @@ from peer.state.model import Model
 from peer.state.worker import Telemetry
 
 GIB: Final = 1 << 30
-RESERVED_BYTES: Final = GIB // 4  # of the driver
 COOL_C: Final = 45.0
 BUSY_C: Final = 70.0
 REFUSALS_MAX: Final = 100

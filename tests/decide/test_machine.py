@@ -46,7 +46,6 @@ WORKERS = ("w1", "w2")
 MODELS = ("echo", "small", "large", "sized")
 CODES = ("engine_died", "worker_unavailable", "model_not_loaded", "out_of_memory")
 ENDS = {"start": started, "finish": finished, "fail": failed}
-ASKED = ("echo", "echo", "echo", *MODELS)
 STATES = (EngineState.READY, *EngineState)
 ANY = st.integers(0, 1_000_000)
 

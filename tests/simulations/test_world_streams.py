@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from peer.state.command import StreamRestart, StreamToken
-from simulations.errors import InvariantViolated
+from tests.simulations.noticing import require_noticed
 from tests.simulations.test_world_workload import Wrong, run, scenario
 
 
@@ -68,11 +68,4 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
 def test_wrong_streams_are_noticed(wrong: type[Wrong]) -> None:
-    found = []
-    for seed in range(4):
-        try:
-            run(scenario(seed), wrong)
-        except InvariantViolated as violated:
-            found.append(violated.check)
-    assert len(found) >= 2, "seldom noticed"
-    assert set(found) == {WRONG[wrong]}
+    require_noticed(lambda seed: run(scenario(seed), wrong), WRONG[wrong])

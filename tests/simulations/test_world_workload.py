@@ -20,6 +20,7 @@ from simulations.scenario import Op, Scenario
 from simulations.world.cards import expected_text
 from simulations.world.kernel import Incarnation, World, run_world
 from simulations.world.workload import Clients, draw_ops
+from tests.simulations.noticing import require_noticed
 from tests.simulations.stream_setup import stream_of
 
 PEERS = ("h1", "h2", "h3")
@@ -467,14 +468,7 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.__name__)
 def test_wrong_clusters_are_noticed(wrong: type[Wrong]) -> None:
-    found = []
-    for seed in range(4):
-        try:
-            run(scenario(seed), wrong)
-        except InvariantViolated as violated:
-            found.append(violated.check)
-    assert len(found) >= 2, "seldom noticed"
-    assert set(found) == {WRONG[wrong]}
+    require_noticed(lambda seed: run(scenario(seed), wrong), WRONG[wrong])
 
 
 def test_a_task_that_never_ends_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

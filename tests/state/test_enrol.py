@@ -10,7 +10,6 @@ from peer.state import enrol
 from peer.state.enrol import Host, JoinToken, Registry, Revocation
 from peer.state.record import decode, encode, key_of
 
-HEX = st.text("0123456789abcdef", min_size=1)
 ID, SECRET, CA = "0123456789ab", "ab" * 16, "cd" * 32
 
 
