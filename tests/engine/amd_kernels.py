@@ -19,7 +19,7 @@ from tinygrad.renderer.llvmir import AMDLLVMRenderer
 from tinygrad.renderer.ptx import PTXRenderer
 from tinygrad.uop.ops import UOp
 
-from engine import experts, kernels, llvm
+from engine import experts, kernels, layer_norm, llvm
 from engine.matrices import LANES, LAYOUTS, Layout, Matrix, PackedForm, Part
 from engine.slot_copy import copy_positions
 
@@ -67,8 +67,18 @@ def step() -> None:
     mixed = kernels.attention(queries, cache, slots, positions, length)
     x = kernels.matmul(mixed, Tensor.ones(embedding, embedding).half().contiguous(), residual=x)
     assert np.isfinite(kernels.gated(x).numpy()).all()
+    encoders(x, tokens)
     copy_positions(cache, Tensor(np.array([0, 1], dtype=np.int32)), length).realize()
     peculiar(qkv, angles, empty, slots, positions, length)
+
+
+def encoders(x: Tensor, tokens: Tensor) -> None:
+    """What only encoders have."""
+    embedding = x.shape[1]
+    table = Tensor.ones(8, embedding).contiguous()
+    weight, bias = Tensor.ones(embedding).contiguous(), Tensor.ones(embedding).contiguous()
+    normed = layer_norm.layer_norm(layer_norm.add_rows(x, table, tokens), weight, bias, 1e-5)
+    assert np.isfinite(layer_norm.gelu(normed).numpy()).all()
 
 
 def packed(layout: Layout, outputs: int, inputs: int) -> Matrix:
