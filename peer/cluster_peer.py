@@ -435,9 +435,8 @@ class ClusterPeer:
     async def _knock_at_absent(self, leader: Leader, snapshot: Snapshot, followers: Followers) -> None:
         """A new leader has had no session yet that could end. Peers that live come by themselves."""
         await self._clock.sleep(limits.RELINK_S)
-        async with (
-            trio.open_nursery() as nursery
-        ):  # at once: those that are gone without a word take a while each
+        # At once: those that are gone without a word take a while each.
+        async with trio.open_nursery() as nursery:
             for peer_id in snapshot.peers:
                 if peer_id != self._identity.peer_id and peer_id not in followers.linked:
                     nursery.start_soon(self._knock, peer_id, leader)
@@ -458,18 +457,13 @@ class ClusterPeer:
     async def _accept(self, connection: Connection) -> None:
         try:
             hello = wire.decode(await receive(connection))
+            if not isinstance(hello, wire.Hello | wire.Follow):
+                raise Unavailable(f"{type(hello).__name__} before Hello")
         except Unavailable as error:
             log.info("caller_not_understood", peer_id=connection.peer_id, why=error.message)
             return
         if isinstance(hello, wire.Follow):
             await self._relay.serve(Session(connection), hello)
-            return
-        if not isinstance(hello, wire.Hello):
-            log.info(
-                "caller_not_understood",
-                peer_id=connection.peer_id,
-                why=f"{type(hello).__name__} before Hello",
-            )
             return
         version = wire.agreed(self._identity.wire_versions, (hello.wire, hello.wire_min))
         followers, leader, journal = self._followers, self.leader, self.journal
