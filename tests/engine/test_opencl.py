@@ -1,4 +1,4 @@
-"""Models on OpenCL, where a host has it: `apt-get install pocl-opencl-icd ocl-icd-libopencl1` for the processor as one."""
+"""Models on OpenCL, where a host has it; `apt-get install pocl-opencl-icd ocl-icd-libopencl1` makes the CPU one."""
 
 from __future__ import annotations
 
