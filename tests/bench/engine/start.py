@@ -1,7 +1,8 @@
 """From a spawned process to its first token, and what each takes of the memory.
 
 The engine with the catalogue's slots for this model, with an empty cache of kernels and with a filled one; llama.cpp
-with one sequence; tinygrad's server with its kernels cached. Files are in the page cache for all of them.
+with one sequence; tinygrad's server with its kernels cached, unless the round is a quick one. Files are in the page
+cache for all of them.
 """
 
 from __future__ import annotations
@@ -78,10 +79,11 @@ def measure(options: Options) -> Result:
                 _llama(model, samples)
             except Missing as error:
                 missing[LLAMA] = str(error)
-    try:
-        _tinygrad(model, samples)
-    except Missing as error:
-        missing[TINYGRAD] = str(error)
+    if not options.quick:
+        try:
+            _tinygrad(model, samples)
+        except Missing as error:
+            missing[TINYGRAD] = str(error)
     return Result(_rows(samples, missing), {"rounds": samples.raw(), "missing": missing})
 
 
