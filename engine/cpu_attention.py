@@ -11,7 +11,7 @@ from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import UOp
 
 from engine.recording import call
-from engine.vectors import FAST, Code, exponential, program
+from engine.vectors import FAST, Code, exponential, highest, program
 
 STEP = 16  # positions
 _FLOATS = "<16 x float>"
@@ -141,8 +141,8 @@ class _Heads:
         scores = code(f"select <16 x i1> {seen}, {_FLOATS} {scores}, {_FLOATS} {lowest}")
         best_at, total_at = code.at(self.best, head, 4), code.at(self.total, head, 4)
         best, total = code.load("float", best_at), code.load("float", total_at)
-        highest = code.call("float", "llvm.vector.reduce.fmax.v16f32", f"{_FLOATS} {scores}")
-        higher = code.call("float", "llvm.maxnum.f32", f"float {highest}", f"float {best}")
+        over = highest(code, scores)
+        higher = code(f"select i1 {code(f'fcmp ogt float {over}, {best}')}, float {over}, float {best}")
         wide = code.splat("float", higher, 16)
         weights = exponential(code, code(f"fsub {_FLOATS} {scores}, {wide}"))
         weights = code(f"select <16 x i1> {seen}, {_FLOATS} {weights}, {_FLOATS} zeroinitializer")
@@ -176,25 +176,22 @@ class _Heads:
         )
         at = code.at("%queries", index, 4 * self.width)
         query = [code.load(_FLOATS, code.beyond(at, 64 * part)) for part in range(self.vectors)]
-        lines = []
-        for position in range(STEP):
-            value = ""
-            for part in range(self.vectors):
-                key = code.load(_FLOATS, code.beyond(self.keys, 64 * (position * self.vectors + part)))
-                term = code(f"fmul {FAST} {_FLOATS} {key}, {query[part]}")
-                value = code(f"fadd {FAST} {_FLOATS} {value}, {term}") if value else term
-            lines.append(value)
-        while (
-            len(lines) > 1
-        ):  # neighbours' sums, of two vectors at a time: in the end lane `n` is position `n`
-            lines = [
-                code(
-                    f"fadd {FAST} {_FLOATS} {code.shuffle(_FLOATS, a, b, range(0, 32, 2))}, "
-                    f"{code.shuffle(_FLOATS, a, b, range(1, 32, 2))}"
-                )
-                for a, b in zip(lines[::2], lines[1::2], strict=True)
-            ]
-        return lines[0]
+        return self._line(query, 0, STEP)
+
+    def _line(self, query: list[str], first: int, count: int) -> str:
+        """Sums of `count` positions' products, each in 16 / `count` neighbouring lanes; few vectors live at once."""
+        code = self.code
+        if count > 1:
+            half = count // 2
+            a, b = self._line(query, first, half), self._line(query, first + half, half)
+            even, odd = (code.shuffle(_FLOATS, a, b, range(start, 32, 2)) for start in (0, 1))
+            return code(f"fadd {FAST} {_FLOATS} {even}, {odd}")
+        value = ""
+        for part in range(self.vectors):
+            key = code.load(_FLOATS, code.beyond(self.keys, 64 * (first * self.vectors + part)))
+            term = code(f"fmul {FAST} {_FLOATS} {key}, {query[part]}")
+            value = code(f"fadd {FAST} {_FLOATS} {value}, {term}") if value else term
+        return value
 
     def _finish(self, head: str) -> None:
         code = self.code

@@ -17,7 +17,7 @@ from tinygrad.uop.ops import UOp
 
 from engine.matrices import LANES, PackedForm, Part
 from engine.recording import call
-from engine.vectors import FAST, Code, program
+from engine.vectors import FAST, Code, highest, larger, program
 
 GROUP = 32  # inputs
 RECORD = 18  # words of a group: 16 pairs, scale, sum
@@ -74,9 +74,8 @@ def _quantise(code: Code, source: str, target: str, factor: str, group: str) -> 
         halves = [
             code(f"fmul {FAST} {_FLOATS} {half}, {norm}") for half, norm in zip(halves, weights, strict=True)
         ]
-    sizes = [code.call(_FLOATS, "llvm.fabs.v16f32", f"{_FLOATS} {half}") for half in halves]
-    larger = code.call(_FLOATS, "llvm.maxnum.v16f32", *(f"{_FLOATS} {size}" for size in sizes))
-    most = code.call("float", "llvm.vector.reduce.fmax.v16f32", f"{_FLOATS} {larger}")
+    first, second = (code.call(_FLOATS, "llvm.fabs.v16f32", f"{_FLOATS} {half}") for half in halves)
+    most = highest(code, larger(code, first, second))
     both = code(f"fadd {FAST} {_FLOATS} {halves[0]}, {halves[1]}")
     total = code.call("float", "llvm.vector.reduce.fadd.v16f32", "float 0.0", f"{_FLOATS} {both}", fast=True)
     some = code(f"fcmp ogt float {most}, 0.0")

@@ -145,6 +145,20 @@ class Code:
         return "\n".join([*sorted(self._declared), head, *body, _ATTRIBUTES])
 
 
+def larger(code: Code, a: str, b: str) -> str:
+    """Of each lane of 16 float32, as processors have it in one instruction: of a NaN it is `b`."""
+    more = code(f"fcmp ogt <16 x float> {a}, {b}")
+    return code(f"select <16 x i1> {more}, <16 x float> {a}, <16 x float> {b}")
+
+
+def highest(code: Code, value: str) -> str:
+    """The highest of 16 float32."""
+    for apart in (8, 4, 2, 1):
+        turned = code.shuffle("<16 x float>", value, "poison", [(lane + apart) % 16 for lane in range(16)])
+        value = larger(code, value, turned)
+    return code(f"extractelement <16 x float> {value}, i32 0")
+
+
 def exponential(code: Code, value: str) -> str:
     """e to the power of each of 16 float32, to 2e-7; 0 and infinity within float32's range; NaN stays."""
     floats, ints = "<16 x float>", "<16 x i32>"

@@ -66,7 +66,10 @@ def test_two_and_three_devices_give_ones_logits(tmp_path: Path) -> None:
     assert "too few for 6 devices" in found.pop("6 devices")[1]
     assert len(found) == 3
     for what, result in found.items():
-        assert result["worst"] < 1e-3, (what, result)  # sums in another order, rounded to 16 bits after each block
+        assert result["worst"] < 1e-3, (
+            what,
+            result,
+        )  # sums in another order, rounded to 16 bits after each block
         assert result["largest_share"] < (0.7 if "2 devices" in what else 0.5), (what, result)
 
 
