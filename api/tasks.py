@@ -112,7 +112,9 @@ def _tokens_at_most(parameters: TextGeneration | Embedding | TensorInputs) -> in
     return size + TEMPLATE_TOKENS_MAX
 
 
-async def _check_fits(call: Call, model: Model, task_type: str, parameters: Any, plain: dict[str, Any]) -> None:
+async def _check_fits(
+    call: Call, model: Model, task_type: str, parameters: Any, plain: dict[str, Any]
+) -> None:
     if task_type not in model.task_types or _tokens_at_most(parameters) < model.context:
         return  # of another type, which the leader refuses, or short
     if isinstance(parameters, Embedding) and parameters.truncate:

@@ -290,7 +290,9 @@ def _show(task: dict[str, Any]) -> None:
     if error:
         rows.append(("error", f"{error.get('code')}: {error.get('message')}"))
     if "embeddings" in result:
-        rows.append(("vectors", f"{len(result['embeddings'])} of {result.get('dimensions')} numbers; see --json"))
+        rows.append(
+            ("vectors", f"{len(result['embeddings'])} of {result.get('dimensions')} numbers; see --json")
+        )
     elif result:
         rows.append(("tokens", result.get("tokens_generated")))
     if result:
