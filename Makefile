@@ -17,6 +17,8 @@ export PYTHON
 BIN := .venv/bin
 # The tests that cover every branch of peer/state and peer/decide, which is asserted.
 PURE := tests/state tests/decide tests/leader tests/executor/test_judgements.py
+# Those that mostly wait for whole peers to be killed and to come back: the others run beside them, and give way.
+WAITING := tests/process tests/systemd
 .PHONY: demo run cluster test simulate simulate-night chaos lint bench bench-engine bench-cluster clean
 .DEFAULT_GOAL := demo
 
@@ -37,8 +39,15 @@ test:
 	@$(MAKE) --no-print-directory lint-ready
 	$(BIN)/coverage run -m pytest $(PURE)
 	$(BIN)/coverage report
-	$(BIN)/python -m pytest $(PURE:%=--ignore=%)
+	@$(MAKE) --no-print-directory --jobs=2 --keep-going --output-sync=line test-waiting test-working
 	@$(MAKE) --no-print-directory simulate-ready
+
+.PHONY: test-waiting test-working
+test-waiting:
+	$(BIN)/python -m pytest $(WAITING)
+
+test-working:
+	nice -n 5 $(BIN)/python -m pytest $(foreach path,$(PURE) $(WAITING),--ignore=$(path))
 
 simulate:
 	@.ci/setup test
