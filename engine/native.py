@@ -18,6 +18,7 @@ import numpy.typing as npt
 from tinygrad import Device, Tensor
 from tinygrad.engine.jit import CapturedJit
 from tinygrad.engine.realize import get_runtime
+from tinygrad.renderer.llvmir import CPULLVMRenderer
 from tinygrad.runtime.ops_cpu import CPUProgram
 from tinygrad.uop.ops import Ops, UOp
 
@@ -136,12 +137,17 @@ def _team(threads: int) -> _Team:
 
 
 def runs(linear: UOp) -> bool:
-    """Whether all of a step's compiled calls are kernels on the CPU that fit a list."""
-    return bool(linear.src) and all(
-        call.src[0].op is Ops.PROGRAM
-        and len(call.src) - 1 <= ARGUMENTS_MAX - 4
-        and all(str(buffer.device).split(":")[0] == "CPU" for buffer in call.src[1:])
-        for call in linear.src
+    """Whether all of a step's compiled calls are kernels on the CPU, by LLVM, that fit a list."""
+    on_cpu = bool(linear.src) and str(linear.src[0].src[1].device).split(":")[0] == "CPU"
+    return (
+        on_cpu
+        and isinstance(Device["CPU"].renderer, CPULLVMRenderer)
+        and all(
+            call.src[0].op is Ops.PROGRAM
+            and len(call.src) - 1 <= ARGUMENTS_MAX - 4
+            and all(str(buffer.device).split(":")[0] == "CPU" for buffer in call.src[1:])
+            for call in linear.src
+        )
     )
 
 
