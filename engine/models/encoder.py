@@ -139,7 +139,7 @@ class Encoder:
             qkv = self._matmul(x, block.qkv, block.qkv_bias)
             cache = kernels.write_cache(self._cache, qkv, angles[0], slots, positions, c.heads)
             queries = kernels.rotate_queries(qkv, angles[0], c.heads, c.width, c.width**-0.5)
-            mixed = kernels.attention(queries, cache, slots, ends, length)
+            mixed = kernels.attention(queries, cache, slots, ends, length, threads=self._threads)
             x = self._normed(self._matmul(mixed, block.output, block.output_bias, x), block.attention_norm)
             inner = layer_norm.gelu(self._matmul(x, block.up, block.up_bias))
             x = self._normed(self._matmul(inner, block.down, block.down_bias, x), block.norm)
