@@ -25,16 +25,21 @@ def gated(x: Tensor, gelu_factor: float, threads: int) -> Tensor:
             row, part = code(f"udiv i64 {unit}, {parts}"), code(f"urem i64 {unit}, {parts}")
             at = code.at(code.at("%x", row, 8 * size), part, 4 * LANES)
             gate, up = code.load(_FLOATS, at), code.load(_FLOATS, code.beyond(at, 4 * size))
-            # (1 + tanh(z)) / 2 is the logistic function of 2 z
-            inner = _gelu(code, gate, gelu_factor) if gelu_factor else gate
-            falling = exponential(code, code(f"fneg {_FLOATS} {inner}"))
-            below = code(f"fadd {_FLOATS} {falling}, splat (float 1.0)")
-            value = code(f"fdiv {_FLOATS} {code(f'fmul {_FLOATS} {gate}, {up}')}, {below}")
+            value = activated(code, gate, up, gelu_factor)
             code.store(_FLOATS, value, code.at("%out", unit, 4 * LANES))
         name = f"gated_{rows}_{size}{'_gelu' if gelu_factor else ''}"
         return program(code, name, ["out", "x"], buffers, threads)
 
     return call(kernel, Tensor.empty(rows, size, dtype=dtypes.float32, device=x.device), x)
+
+
+def activated(code: Code, gate: str, up: str, gelu_factor: float = 0.0) -> str:
+    """Of 16 float32 each."""
+    # (1 + tanh(z)) / 2 is the logistic function of 2 z
+    inner = _gelu(code, gate, gelu_factor) if gelu_factor else gate
+    falling = exponential(code, code(f"fneg {_FLOATS} {inner}"))
+    below = code(f"fadd {_FLOATS} {falling}, splat (float 1.0)")
+    return code(f"fdiv {_FLOATS} {code(f'fmul {_FLOATS} {gate}, {up}')}, {below}")
 
 
 def _gelu(code: Code, gate: str, factor: float) -> str:

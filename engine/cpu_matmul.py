@@ -10,6 +10,7 @@ A group's integers are in the order in which packed words hold their weights: `P
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import llvmlite.binding as llvm
 from tinygrad import Tensor, dtypes
@@ -109,11 +110,11 @@ def product(
     added = (bias is not None, residual is not None)
 
     def kernel(*buffers: UOp) -> UOp:
-        names = ["out", "x", "words", "scales", *(["minimums"] if form.layout.minimum else [])]
+        names = ["out", "x", *buffer_names(form)]
         names += [name for name, there in zip(("bias", "residual"), added, strict=True) if there]
         code = Code()
         with code.loop(*code.share(-(-form.outputs // LANES), threads)) as panel:
-            writer = _Product(code, form, panel, rows, width, top, names)
+            writer = _Product(code, form, panel, width, top, names)
             step = min(rows, _rows_at_once())
             if rows >= step:
                 with code.loop("0", str(rows // step)) as tile:
@@ -127,34 +128,31 @@ def product(
     return call(kernel, out, x, *part.tensors, *extras)
 
 
-class _Product:
-    """Writes one panel's outputs of some rows."""
+def buffer_names(form: PackedForm, prefix: str = "") -> list[str]:
+    """What a kernel calls the tensors of a part of this form."""
+    return [f"{prefix}{name}" for name in ("words", "scales", *(["minimums"] if form.layout.minimum else []))]
 
-    def __init__(
-        self, code: Code, form: PackedForm, panel: str, rows: int, width: int, top: int, names: list[str]
-    ) -> None:
-        self.code, self.form, self.panel = code, form, panel
-        self.width, self.names = width, names
+
+class Panel:
+    """Reads a panel of a packed matrix: LANES outputs, multiplied with rows of activations."""
+
+    def __init__(self, code: Code, form: PackedForm, panel: str, prefix: str = "") -> None:
+        """`panel` is its number; `prefix` begins the names of the matrix's buffers, see `buffer_names`."""
+        self.code, self.form = code, form
         layout, inputs = form.layout, form.inputs
         self.groups = inputs // GROUP
         self.scale_bytes = 4 if layout.wide else 2
         words = inputs // layout.elements
-        self.words = code.at("%words", panel, 4 * LANES * words)
+        self.words = code.at(f"%{prefix}words", panel, 4 * LANES * words)
         scales = LANES * self.scale_bytes * (inputs // layout.group)
-        self.scales = code.at("%scales", panel, scales)
-        self.minimums = code.at("%minimums", panel, scales) if layout.minimum else ""
-        first = code(f"mul i64 {panel}, {LANES}")
-        self.column = code(f"add i64 {first}, {top}")
-        left = code(f"sub i64 {form.outputs}, {first}")
-        lanes = ", ".join(f"i64 {lane}" for lane in range(LANES))
-        self.mask = code(f"icmp ult <16 x i64> <{lanes}>, {code.splat('i64', left, 16)}")
+        self.scales = code.at(f"%{prefix}scales", panel, scales)
+        self.minimums = code.at(f"%{prefix}minimums", panel, scales) if layout.minimum else ""
 
-    def rows(self, first: str, count: int) -> None:
+    def products(self, rows: Sequence[str]) -> list[str]:
+        """With each row (i64 numbers) of `%x`: 16 float32."""
         code, group = self.code, self.form.layout.group
-        sources = [
-            code.at("%x", code(f"add i64 {first}, {row}"), 4 * RECORD * self.groups) for row in range(count)
-        ]
-        sums = [code.slot(_FLOATS, "zeroinitializer") for _ in range(count)]
+        sources = [code.at("%x", row, 4 * RECORD * self.groups) for row in rows]
+        sums = [code.slot(_FLOATS, "zeroinitializer") for _ in rows]
         with code.loop("0", str(self.groups)) as g:
             pairs = [code.at(source, g, 4 * RECORD) for source in sources]
             scales = self._scales(self.scales, g, GROUP // group)
@@ -175,8 +173,7 @@ class _Product:
                         f"fadd {FAST} {_FLOATS} {value}, {code(f'fmul {FAST} {_FLOATS} {minimum}, {whole}')}"
                     )
                 code.set(_FLOATS, value, sums[row])
-        for row in range(count):
-            self._finish(code(f"add i64 {first}, {row}"), code.get(_FLOATS, sums[row]))
+        return [code.get(_FLOATS, each) for each in sums]
 
     def _scales(self, base: str, group: str, count: int) -> list[str]:
         code, size = self.code, self.scale_bytes
@@ -216,6 +213,26 @@ class _Product:
                 (4 * k + shift, code(f"and {_HALVES} {shown}, splat (i16 15)") if shift < 3 else shown)
             )
         return found
+
+
+class _Product:
+    """Writes one panel's outputs of some rows."""
+
+    def __init__(
+        self, code: Code, form: PackedForm, panel: str, width: int, top: int, names: Sequence[str]
+    ) -> None:
+        self.code, self.panel = code, Panel(code, form, panel)
+        self.width, self.names = width, names
+        first = code(f"mul i64 {panel}, {LANES}")
+        self.column = code(f"add i64 {first}, {top}")
+        left = code(f"sub i64 {form.outputs}, {first}")
+        lanes = ", ".join(f"i64 {lane}" for lane in range(LANES))
+        self.mask = code(f"icmp ult <16 x i64> <{lanes}>, {code.splat('i64', left, 16)}")
+
+    def rows(self, first: str, count: int) -> None:
+        numbers = [self.code(f"add i64 {first}, {row}") for row in range(count)]
+        for row, value in zip(numbers, self.panel.products(numbers), strict=True):
+            self._finish(row, value)
 
     def _finish(self, row: str, value: str) -> None:
         """Add what is to be added, and store."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
+from engine import cpu_experts, cpu_matmul, vectors
 from engine.kernels import LOG2_E, Normed, as_written, held, summed
 from engine.matrices import Matrix
 from engine.recording import call
@@ -57,8 +58,11 @@ def choose(scores: Tensor, used: int) -> tuple[Tensor, Tensor]:
     return best, call(shares, empty(used, dtypes.float32), scores, best)
 
 
-def expand(x: Normed, gate: Matrix, up: Matrix, chosen: Tensor, count: int) -> Tensor:
+def expand(x: Normed, gate: Matrix, up: Matrix, chosen: Tensor, count: int, threads: int = 1) -> Tensor:
     """x [R, I] through its experts' gate and up matrices [X F, I]: silu(gate) * up, [R K, F]."""
+    if vectors.usable(x.x) and cpu_experts.fits(gate, count) and cpu_experts.fits(up, count):
+        integers = cpu_matmul.quantised(x.x, x.inverse, x.weight, threads)
+        return cpu_experts.expand(integers, gate, up, chosen, count, threads)
     values = x.applied()
     rows = values.shape[0]
     used, size = chosen.shape[1], gate.shape[0] // count
@@ -84,9 +88,18 @@ def expand(x: Normed, gate: Matrix, up: Matrix, chosen: Tensor, count: int) -> T
 
 
 def contract(
-    inner: Tensor, down: Matrix, chosen: Tensor, shares: Tensor, residual: Tensor | None, count: int
+    inner: Tensor,
+    down: Matrix,
+    chosen: Tensor,
+    shares: Tensor,
+    residual: Tensor | None,
+    count: int,
+    threads: int = 1,
 ) -> Tensor:
     """The experts' results, weighed and added: inner [R K, F], down [X E, F], residual [R, E] -> [R, E]."""
+    if vectors.usable(inner) and cpu_experts.fits(down, count):
+        integers = cpu_matmul.quantised(inner, None, None, threads)
+        return cpu_experts.contract(integers, down, chosen, shares, residual, count, threads)
     rows, used = chosen.shape
     opts = as_written(inner)
     form = down.only.form

@@ -272,8 +272,8 @@ class _Shard:
         residual = self._residual(x, block.feed_forward_post)
         if isinstance(part, _Mixture):
             chosen, weights = experts.choose(kernels.matmul(normed, part.router), c.experts_used)
-            inner = experts.expand(normed, part.gate, part.up, chosen, c.experts)
-            return experts.contract(inner, part.down, chosen, weights, residual, c.experts)
+            inner = experts.expand(normed, part.gate, part.up, chosen, c.experts, self._threads)
+            return experts.contract(inner, part.down, chosen, weights, residual, c.experts, self._threads)
         inner = kernels.gated(self._matmul(normed, part.gate_up), c.gelu, self._threads)
         return self._matmul(inner, part.down, residual=residual)
 

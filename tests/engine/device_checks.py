@@ -6,6 +6,7 @@ A process of its own, because tinygrad takes its device from the environment onc
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from tinygrad import Tensor
 from tinygrad.llm.gguf import ggml_data_to_tensor
 from tinygrad.uop.ops import UOp
 
-from engine import device, gguf, kernels, programs
+from engine import device, experts, gguf, kernels, programs, vectors
 from engine.errors import DeviceUnusable
-from engine.matrices import LAYOUTS, Matrix, device_bytes
+from engine.matrices import LAYOUTS, Matrix, PackedForm, Part, device_bytes, panels, unpack
 from engine.recording import recording
 from engine.self_test import self_test
 from engine.weights import Piece, Weights, upload
@@ -113,6 +114,51 @@ def product(matrix: Matrix, weights: np.ndarray) -> None:
             assert (np.abs(ours - right) <= 2e-5 * sizes + 2e-6).all()
 
 
+def mixtures(_: Path) -> None:
+    """Experts' products for every layout, as numbers in float64 give them; each row's whatever is beside it."""
+    count, used, rows = 3, 2, 5
+    kinds = list(LAYOUTS)
+    # experts of 24 outputs do not begin with a panel
+    for size, kind, other in [(32, *pair) for pair in pairwise([*kinds, kinds[0]])] + [(24, 2, 8)]:
+        (gate, a), (up, b) = (packed(each, count * size, 256) for each in (kind, other))
+        down, c = packed(kind, count * size, 256)
+        x = floats(rows, 256) / np.float32(np.linalg.norm(a, axis=1).max())  # gates where silu bends
+        inner, residual = floats(rows * used, 256), floats(rows, size)
+        norm, inverse = floats(256), floats(rows)
+        shares = random.random((rows, used), dtype=np.float32)
+        chosen = np.array([[0, 2], [1, 0], [-7, 1], [2, 99], [1, 2]], dtype=np.int32)
+        read = chosen.clip(0, count - 1).reshape(-1)
+        normed = np.repeat((x * inverse[:, None] * norm).astype(np.float64), used, axis=0)
+        first, second, third = (
+            np.einsum("ci,coi->co", values, weights.reshape(count, size, 256)[read])
+            for values, weights in ((normed, a), (normed, b), (inner, c))
+        )
+        expanded = first * second / (1 + np.exp(-first))
+        contracted = (third.reshape(rows, used, size) * shares[:, :, None]).sum(1) + residual
+        alone = None
+        for some in (1, rows):
+            given = kernels.Normed(upload(x[:some]), upload(inverse[:some]), upload(norm))
+            numbers, weighed = upload(chosen[:some]), upload(shares[:some])
+            more = upload(inner[: some * used]), upload(residual[:some])
+            one = experts.expand(given, gate, up, numbers, count, 2).numpy()
+            two = experts.contract(more[0], down, numbers, weighed, more[1], count, 2).numpy()
+            for ours, right in ((one, expanded), (two, contracted)):
+                assert np.abs(ours - right[: len(ours)]).max() <= 2e-4 * np.abs(right).max(), (kind, size)
+            if alone is not None and vectors.usable(numbers):
+                np.testing.assert_array_equal(alone[0], one[:used])
+                np.testing.assert_array_equal(alone[1], two[:1])
+            alone = one, two
+
+
+def packed(kind: int, outputs: int, inputs: int) -> tuple[Matrix, np.ndarray]:
+    """A matrix of random blocks, and its values."""
+    _, elements, size = gguf.TYPES[kind]
+    raw = random.integers(0, 48, (outputs, inputs // elements, size), dtype=np.uint8)
+    found = tuple(upload(panels([rows])) for rows in unpack(raw, kind))
+    matrix = Matrix((Part(PackedForm(outputs, inputs, LAYOUTS[kind]), found),))
+    return matrix, values(matrix).astype(np.float64)
+
+
 def step(inputs: dict[str, Tensor], length: UOp) -> Tensor:
     """A block and its ends, as a model has them."""
     x = kernels.gather_rows(inputs["table"], inputs["tokens"])
@@ -201,4 +247,6 @@ def wrong(_: Path) -> None:
 
 if __name__ == "__main__":
     open_suites()
-    {check.__name__: check for check in (decoders, recorded, stored, wrong)}[sys.argv[1]](Path(sys.argv[2]))
+    {check.__name__: check for check in (decoders, mixtures, recorded, stored, wrong)}[sys.argv[1]](
+        Path(sys.argv[2])
+    )
