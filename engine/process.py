@@ -45,9 +45,11 @@ def log(event: str, **fields: object) -> None:
 
 def exit_now(status: int) -> NoReturn:
     """Leave without running finalisers: a hung device must not keep the process alive."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(status)
 
 
 def die_with_parent() -> None:

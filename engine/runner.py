@@ -120,9 +120,11 @@ def count_tokens(counter: Counter, counts: queue.Queue[CountTokens], outbox: Out
 
 def end_with_a_thread(failure: threading.ExceptHookArgs) -> NoReturn:
     """What an unforeseen exception does in the other threads: without them the engine would be deaf, or not count."""
-    name = failure.thread.name if failure.thread is not None else "unknown"
-    log("thread_failed", thread=name, error=f"{failure.exc_type.__name__}: {failure.exc_value}")
-    exit_now(EXIT_FAULT)
+    try:
+        name = failure.thread.name if failure.thread is not None else "unknown"
+        log("thread_failed", thread=name, error=f"{failure.exc_type.__name__}: {failure.exc_value}")
+    finally:  # also without the memory to say so
+        exit_now(EXIT_FAULT)
 
 
 class Engine:
@@ -150,9 +152,11 @@ class Engine:
             while True:
                 self._turn()
         except Exception as error:
-            log("device_failed", error=f"{type(error).__name__}: {error}")
-            self._report_failure(f"the device failed: {type(error).__name__}")
-            exit_now(EXIT_FAULT)
+            try:
+                log("device_failed", error=f"{type(error).__name__}: {error}")
+                self._report_failure(f"the device failed: {type(error).__name__}")
+            finally:  # also without the memory to say so: the peer then fails what ran here
+                exit_now(EXIT_FAULT)
 
     def _turn(self) -> None:
         self._read_messages(wait=not self._busy())

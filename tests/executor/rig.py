@@ -86,6 +86,7 @@ class Files:
         self.error: FetchError | None = None
         self.fetched: list[str] = []
         self.path: str | None = "builtin:echo"
+        self.fetched_to = ""  # "": nowhere that is
 
     def local(self, model: Model) -> str | None:
         return self.path
@@ -97,7 +98,7 @@ class Files:
         if self.error is not None:
             raise self.error
         self.fetched.append(model.name)
-        return "/models/" + model.name
+        return self.fetched_to or "/models/" + model.name
 
 
 class Rig:
@@ -111,6 +112,7 @@ class Rig:
         slots_max: int = 4,
         cancel_s_max: float = 0.3,
         fake: dict[str, Any] | None = None,
+        cache_dir: str = "",
         **extra: Any,
     ) -> None:
         self.sink = Sink()
@@ -123,7 +125,14 @@ class Rig:
         def engine(worker_id: str, device: Device) -> EngineProcess:
             more = {"command": command} if command else {}
             made = EngineProcess(
-                worker_id, device, self.clock, slots_max=slots_max, fake=fake or {}, allowed=allowed, **more
+                worker_id,
+                device,
+                self.clock,
+                slots_max=slots_max,
+                cache_dir=cache_dir,
+                fake=fake or {},
+                allowed=allowed,
+                **more,
             )
             self.engines.append(made)
             return made
@@ -220,10 +229,12 @@ def alive(pid: int) -> bool:
 
 
 @asynccontextmanager
-async def rig(ready: bool = True, load: bool = True, **options: Any) -> AsyncIterator[Rig]:
-    """A running executor; whatever happens, its engines are gone at the end."""
+async def rig(
+    ready: bool = True, load: bool = True, within_s: float = 60.0, **options: Any
+) -> AsyncIterator[Rig]:
+    """A running executor for at most `within_s`; whatever happens, its engines are gone at the end."""
     made = Rig(**options)
-    with trio.fail_after(60):
+    with trio.fail_after(within_s):
         async with trio.open_nursery() as nursery:
             await nursery.start(made.executor.run)
             if ready:
