@@ -10,8 +10,8 @@ from __future__ import annotations
 from tinygrad import Tensor, dtypes
 from tinygrad.uop.ops import AxisType, KernelInfo, Ops, UOp
 
-from engine import cpu_experts, cpu_matmul, vectors
-from engine.kernels import LOG2_E, Normed, as_written, held, summed
+from engine import cpu_experts, cpu_matmul
+from engine.kernels import LOG2_E, Normed, as_written, held, in_vectors, summed
 from engine.matrices import Matrix
 from engine.recording import call
 
@@ -60,7 +60,7 @@ def choose(scores: Tensor, used: int) -> tuple[Tensor, Tensor]:
 
 def expand(x: Normed, gate: Matrix, up: Matrix, chosen: Tensor, count: int, threads: int = 1) -> Tensor:
     """x [R, I] through its experts' gate and up matrices [X F, I]: silu(gate) * up, [R K, F]."""
-    if vectors.usable(x.x) and cpu_experts.fits(gate, count) and cpu_experts.fits(up, count):
+    if in_vectors(x.x) and cpu_experts.fits(gate, count) and cpu_experts.fits(up, count):
         integers = cpu_matmul.quantised(x.x, x.inverse, x.weight, threads)
         return cpu_experts.expand(integers, gate, up, chosen, count, threads)
     values = x.applied()
@@ -97,7 +97,7 @@ def contract(
     threads: int = 1,
 ) -> Tensor:
     """The experts' results, weighed and added: inner [R K, F], down [X E, F], residual [R, E] -> [R, E]."""
-    if vectors.usable(inner) and cpu_experts.fits(down, count):
+    if in_vectors(inner) and cpu_experts.fits(down, count):
         integers = cpu_matmul.quantised(inner, None, None, threads)
         return cpu_experts.contract(integers, down, chosen, shares, residual, count, threads)
     rows, used = chosen.shape

@@ -32,6 +32,11 @@ def _on_cpu(tensor: Tensor) -> bool:
     return str(tensor.device).split(":")[0] == "CPU"
 
 
+def in_vectors(tensor: Tensor) -> bool:
+    """Whether kernels of whole vectors compute what is on the tensor's device."""
+    return _on_cpu(tensor) and vectors.usable(tensor)
+
+
 def as_written(tensor: Tensor) -> tuple[Opt, ...] | None:
     """On the CPU the loops stay as they are, for LLVM to vectorise; a GPU's need tinygrad's own heuristics."""
     return () if _on_cpu(tensor) else None
@@ -111,7 +116,7 @@ def matmul(
     out, top = Tensor.empty(rows, outputs, dtype=dtypes.float32, device=values.device), 0
     integers: Tensor | None = None
     for part in matrix.parts:
-        if isinstance(part.form, PackedForm) and _on_cpu(values) and vectors.usable(values):
+        if isinstance(part.form, PackedForm) and in_vectors(values):
             if integers is None:
                 norm = x if isinstance(x, Normed) else None
                 inverse, factors = (norm.inverse, norm.weight) if norm else (None, None)
@@ -330,7 +335,7 @@ def attention(
     max(positions) + 1: one graph serves every length. -> [R, H D].
     """
     rows, heads, width = queries.shape
-    if _on_cpu(cache) and vectors.usable(cache) and cpu_attention.fits(queries, cache):
+    if in_vectors(cache) and cpu_attention.fits(queries, cache):
         return cpu_attention.attention(queries, cache, slots, positions, length, window, threads)
     scores = _scores(queries, cache, slots, positions, length, window)
     weights = _exponentials(scores, length)
@@ -450,7 +455,7 @@ def gated(x: Tensor, gelu: bool = False, threads: int = 1) -> Tensor:
     """x [R, 2 F] = gate and up side by side -> silu(gate) * up, or gelu(gate) * up (by tanh), [R, F]."""
     rows, twice = x.shape
     size = twice // 2
-    if _on_cpu(x) and size % cpu_gated.LANES == 0 and vectors.usable(x):
+    if in_vectors(x) and size % cpu_gated.LANES == 0:
         return cpu_gated.gated(x, GELU_FACTOR if gelu else 0.0, threads)
 
     def kernel(out: UOp, x: UOp) -> UOp:
