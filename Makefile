@@ -13,7 +13,9 @@
 #
 # PYTHON=/path/to/python3.12 chooses the interpreter that .venv is made with.
 
+ifdef PYTHON
 export PYTHON
+endif
 BIN := .venv/bin
 # The tests that cover every branch of peer/state and peer/decide, which is asserted.
 PURE := tests/state tests/decide tests/leader tests/executor/test_judgements.py

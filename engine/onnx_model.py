@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, TinyJit
-from tinygrad.nn.onnx import OnnxRunner
 
 from engine.errors import LoadError
 from engine.gguf import bad_file
@@ -139,6 +138,8 @@ class OnnxModel:
 
     def __init__(self, files: OnnxFiles, slots: int) -> None:
         """Raises LoadError, MemoryError, OSError."""
+        from tinygrad.nn.onnx import OnnxRunner  # its import makes tensors: only once the device is chosen
+
         self._files, self.slots = files, slots
         self.inputs = _forms(files.cases[0].inputs)
         # by its bytes and not its path: a model may name other files of the host as its weights
