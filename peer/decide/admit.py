@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from msgspec.structs import replace as changed
 
 from peer.decide.decision import Decision
-from peer.errors import BadRequest, Conflict, NotFound, Overloaded
+from peer.errors import Conflict, NotFound, Overloaded
 from peer.state.command import CancelTask, SubmitTask, Submitted, TaskView
 from peer.state.order import StopAttempt
 from peer.state.record import idempotency_key
@@ -52,12 +52,13 @@ def first_of(snapshot: Snapshot, command: SubmitTask, stored: Idempotency | None
 def submit(
     snapshot: Snapshot, now: float, command: SubmitTask, task_id: str, parameters_bytes: int
 ) -> Decision:
-    """A new task, or Overloaded; with code `store_full` while the store has no room. `first_of` was asked before."""
+    """A new task. Raises NotFound for an unknown model, Conflict for one that serves tasks of other types, Overloaded;
+    with code `store_full` while the store has no room. `first_of` was asked before."""
     if command.model_name not in snapshot.catalogue:
         raise unknown_model(snapshot, command.model_name)
     task_types = snapshot.catalogue[command.model_name].task_types
     if command.task_type not in task_types:
-        raise BadRequest(
+        raise Conflict(
             f"task_type: {command.model_name} serves {' and '.join(task_types)}, not {command.task_type}",
             code="wrong_task_type",
             details={"field": "task_type", "model_name": command.model_name, "task_types": list(task_types)},

@@ -10,7 +10,7 @@ from msgspec.structs import replace as changed
 
 from peer.decide import admit, keys
 from peer.decide.decision import Decision
-from peer.errors import BadRequest, Conflict, NotFound, Overloaded
+from peer.errors import Conflict, NotFound, Overloaded
 from peer.limits import KEYS_MAX
 from peer.state.command import CancelTask, CreateKey, RevokeKey, SubmitTask
 from peer.state.key import ApiKey
@@ -65,7 +65,7 @@ def test_a_model_serves_the_types_of_tasks_that_the_catalogue_says() -> None:
         ("echo", "embedding", "text_generation"),
         ("embedder", "text_generation", "embedding"),
     ):
-        with pytest.raises(BadRequest, match=f"{model_name} serves {serves}, not {task_type}") as caught:
+        with pytest.raises(Conflict, match=f"{model_name} serves {serves}, not {task_type}") as caught:
             admit.submit(world.s, T0, ask(model_name=model_name, task_type=task_type), "t1", 10)
         assert caught.value.code == "wrong_task_type"
         assert caught.value.details["field"] == "task_type"

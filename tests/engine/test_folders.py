@@ -32,9 +32,7 @@ from tests.engine.harness import EngineProcess
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[EngineProcess]:
-    with EngineProcess(
-        Configure(worker_id="w", device=DEVICE, slots_max=3, cache_dir=str(CACHE))
-    ) as engine:
+    with EngineProcess(Configure(worker_id="w", device=DEVICE, slots_max=3, cache_dir=str(CACHE))) as engine:
         assert isinstance(engine.wait_type(Ready, timeout_s=120), Ready)
         yield engine
 
@@ -78,7 +76,8 @@ def test_both_formats_say_the_same(engine: EngineProcess, fixture: str, family: 
         freed = engine.wait_for(lambda m, name=name: isinstance(m, Unloaded) and m.model == name)
         assert freed.freed_bytes >= 0.99 * done.memory_bytes
     assert texts[0] == texts[1]
-    assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-4)
+    # float16 of the folder beside Q8_0 of the file, which the device keeps quantised
+    assert logprobs[0] == pytest.approx(logprobs[1], abs=0.02)
 
 
 @pytest.mark.process

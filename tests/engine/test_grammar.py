@@ -26,7 +26,9 @@ from tests.engine.conftest import CACHE, DEVICE
 from tests.engine.harness import EngineProcess
 
 FIXTURES = Path(__file__).parent / "families"
-FILES = sorted(path.relative_to(FIXTURES) for path in FIXTURES.glob("*/model.gguf"))
+FILES = sorted(
+    path.relative_to(FIXTURES) for path in FIXTURES.glob("*/model.gguf") if path.parent.name != "bert"
+)  # which makes vectors, not text
 PATHS = [str(each) for path in FILES for each in (path, path.parent)]
 PERSON = {
     "type": "object",

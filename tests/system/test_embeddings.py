@@ -32,7 +32,7 @@ def test_from_submission_to_vectors(peers: Peers) -> None:
     assert json.loads(events[1].removeprefix("data: "))["result"] == done["result"]
     assert len(events) == 2
     refused = peer.client.post("/tasks", json=task("x", model="smollm2-135m"))
-    assert refused.status_code == 400
+    assert refused.status_code == 409
     assert refused.json()["error"]["code"] == "wrong_task_type"
     long = peer.client.post("/tasks", json=task("word " * 9_000))
     assert (long.status_code, long.json()["error"]["code"]) == (400, "prompt_too_long")
