@@ -26,6 +26,7 @@ HAS_ROOM: Final = 0.95  # the alarm of a member with a file no larger is taken b
 COMPACT_S: Final = 30.0  # between two compactions
 OTHERS_S: Final = 30.0  # a member that does not take its own alarm back for so long may not be up
 AGAIN_S: Final = 60.0  # between two defragmentations of one member
+UNSURE_S: Final = 600.0  # the same where the store stands still and nothing seems to come free
 LEADERS_S: Final = 600.0  # those that lead let the others go first
 
 _MIB: Final = 1024 * 1024
@@ -155,8 +156,9 @@ def _cure(space: Space, memory: Memory, now: float) -> tuple[Action | None, str]
     quota, free = space.quota_bytes, space.file_bytes - space.used_bytes
     roomy = space.file_bytes < HAS_ROOM * quota
     if space.member_id in space.alarmed:
-        worth = space.file_bytes >= CROWDED * quota and free >= WORTH_FULL * quota
-        if worth and not _within(AGAIN_S, memory.defragmented_at, now):
+        # etcd counts pages as free at its next write only, and a full store has none: so without that, seldom
+        again_s = AGAIN_S if free >= WORTH_FULL * quota else UNSURE_S
+        if space.file_bytes >= CROWDED * quota and not _within(again_s, memory.defragmented_at, now):
             return Defragment(alone=False, reason="this member has reached its quota"), ""
         if roomy:
             return Disarm(space.member_id, "this member has room again"), ""

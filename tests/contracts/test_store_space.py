@@ -114,6 +114,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_space, "LOOK_S", 0.1)
     monkeypatch.setattr(space, "COMPACT_S", 1.0)
     monkeypatch.setattr(space, "AGAIN_S", 1.0)
+    monkeypatch.setattr(space, "UNSURE_S", 3.0)
 
 
 async def test_a_store_that_its_history_has_filled_is_cured_and_nothing_acknowledged_is_lost(
