@@ -36,11 +36,19 @@ def compare(
     **variables: str,
 ) -> dict[str, Any]:
     """What `tests.engine.on_device` found on a device; models are "fixture:format"."""
+    arguments = [str(out), word, extent, *models]
+    return found_by("on_device", arguments, out, os.environ | variables, timeout_s)
+
+
+def found_by(
+    script: str, arguments: list[str], out: Path, environment: dict[str, str], timeout_s: float = 600.0
+) -> dict[str, Any]:
+    """What a script of tests.engine has written to `out`, in a process of its own."""
     CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
     done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.on_device", str(out), word, extent, *models],
+        [sys.executable, "-m", f"tests.engine.{script}", *arguments],
         cwd=REPOSITORY,
-        env=os.environ | variables,
+        env=environment,
         capture_output=True,
         text=True,
         timeout=timeout_s,

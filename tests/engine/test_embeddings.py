@@ -8,8 +8,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +40,9 @@ from engine.protocol import (
 from engine.safetensors import read
 from engine.states import StateRow
 from tests.engine.conftest import CACHE
+from tests.engine.devices import found_by
 from tests.engine.embedding_checks import CASES, FIXTURES, FORMATS, NUMBERS, vectors
-from tests.engine.harness import REPOSITORY, EngineProcess
+from tests.engine.harness import EngineProcess
 
 # Largest difference of any number of a vector, in standard deviations; measured: 3e-6 and 1.5e-3
 TOLERANCE = {"float32": 5e-5, "float16": 0.02}
@@ -53,18 +52,8 @@ WAYS = {"together", "not normalised", "alone", "mean", "cls", "last", "interleav
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("embeddings") / "measured.json"
-    CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.embedding_checks", str(out)],
-        cwd=REPOSITORY,
-        env=os.environ | {"DEV": "CPU:LLVM", "CACHEDB": str(CACHE / "embeddings.db")},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    on_cpu = os.environ | {"DEV": "CPU:LLVM", "CACHEDB": str(CACHE / "embeddings.db")}
+    return found_by("embedding_checks", [str(out)], out, on_cpu)
 
 
 @pytest.mark.process

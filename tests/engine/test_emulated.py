@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,30 +25,21 @@ MODELS = ["llama:gguf", "llama:folder", "qwen3moe:folder"]  # quantised; float16
 TOLERANCE = 0.15  # as in test_families
 
 
+def computed(device: str, folder: Path) -> dict[str, Any]:
+    source = os.environ["TINYGRAD_SOURCE"]
+    found = compare(device, folder / "found.json", MODELS, timeout_s=1200, PYTHONPATH=source)
+    check_models(found, TOLERANCE)
+    return found
+
+
 @pytest.mark.parametrize("architecture", ["gfx1100", "gfx1201", "gfx950"])
 def test_models_on_one_card(architecture: str, tmp_path: Path) -> None:
-    found = compare(
-        f"MOCKKFD+AMD:LLVM:{architecture}",
-        tmp_path / "found.json",
-        MODELS,
-        timeout_s=1200,
-        PYTHONPATH=os.environ["TINYGRAD_SOURCE"],
-    )
-    print(found)
-    check_models(found, TOLERANCE)
+    computed(f"MOCKKFD+AMD:LLVM:{architecture}", tmp_path)
 
 
 @pytest.mark.parametrize("architecture", ["gfx1100", "gfx950"])
 def test_models_shared_by_two_cards(architecture: str, tmp_path: Path) -> None:
-    found = compare(
-        f"MOCKKFD:0,1+AMD:LLVM:{architecture}",
-        tmp_path / "found.json",
-        MODELS,
-        timeout_s=1200,
-        PYTHONPATH=os.environ["TINYGRAD_SOURCE"],
-    )
-    print(found)
-    check_models(found, TOLERANCE)
+    found = computed(f"MOCKKFD:0,1+AMD:LLVM:{architecture}", tmp_path)
     for result in found["models"].values():
         first, second = result["used"].values()
         assert abs(first - second) < 0.25 * first

@@ -6,8 +6,6 @@ The references were computed once (families/make.py says how); one process compu
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +14,8 @@ import pytest
 from engine.chat import render
 from engine.checkpoint import open_checkpoint, vocabulary_of
 from tests.engine.conftest import CACHE
-from tests.engine.devices import environment
+from tests.engine.devices import environment, found_by
 from tests.engine.family_checks import CASES, FIXTURES
-from tests.engine.harness import REPOSITORY
 
 # Largest difference of any logit, in standard deviations of the logits; measured: 6e-5 and 0.08
 TOLERANCE = {"float32": 2e-4, "float16": 0.15}
@@ -28,18 +25,7 @@ NASTY: list[str] = json.loads((FIXTURES / "nasty.json").read_text())
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("families") / "measured.json"
-    CACHE.mkdir(mode=0o700, parents=True, exist_ok=True)
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.family_checks", str(out)],
-        cwd=REPOSITORY,
-        env=environment(CACHE / "families.db"),
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    return found_by("family_checks", [str(out)], out, environment(CACHE / "families.db"))
 
 
 @pytest.mark.process

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,9 +11,9 @@ from engine.errors import LoadError
 from engine.protocol import Configure, Load, Loaded, LoadFailed, Ready, Unusable
 from engine.sharing import shares
 from tests.engine.conftest import CACHE
-from tests.engine.devices import check_models, compare
+from tests.engine.devices import check_models, compare, found_by
 from tests.engine.family_checks import FIXTURES
-from tests.engine.harness import REPOSITORY, EngineProcess
+from tests.engine.harness import EngineProcess
 
 # quantised; experts; heads that end within a block; norms of heads; fused and tied matrices
 FAMILIES = ["llama:gguf", "mixtral:folder", "qwen2:gguf", "qwen3:gguf", "phi4:folder"]
@@ -52,16 +48,9 @@ def test_families_give_their_references_logits(tmp_path: Path) -> None:
 
 @pytest.mark.process
 def test_two_and_three_devices_give_ones_logits(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.engine.shared_checks", str(tmp_path), str(tmp_path / "found.json")],
-        cwd=REPOSITORY,
-        env=os.environ | {"DEV": "CPU:LLVM", "CACHEDB": str(CACHE / "families.db")},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found: dict[str, Any] = json.loads((tmp_path / "found.json").read_text())
+    out = tmp_path / "found.json"
+    on_cpu = os.environ | {"DEV": "CPU:LLVM", "CACHEDB": str(CACHE / "families.db")}
+    found = found_by("shared_checks", [str(tmp_path), str(out)], out, on_cpu, timeout_s=300)
     assert "6 key/value heads" in found.pop("4 devices")[1]
     assert "too few for 6 devices" in found.pop("6 devices")[1]
     assert len(found) == 3
