@@ -177,7 +177,7 @@ class Batcher:
         try:
             self._waiting.append(self._accept(run))
         except RunError as error:
-            return [_failed(run.run_id, error)]
+            return [failed(run.run_id, error)]
         return []
 
     def _accept(self, run: Run) -> _Waiting:
@@ -320,7 +320,7 @@ class Batcher:
             token = run.sampler.choose(logits)
         except RunError as error:
             self._leave(run)
-            told.ending = [_failed(run.run_id, error)]
+            told.ending = [failed(run.run_id, error)]
             return None
         if run.generated == 0:
             run.first_token_s = self._clock() - run.started_s
@@ -378,5 +378,6 @@ class Batcher:
         self._slots.leave(run.slot, run.tokens[: run.filled])
 
 
-def _failed(run_id: str, error: RunError) -> RunFailed:
+def failed(run_id: str, error: RunError) -> RunFailed:
+    """What is said of a run that the engine cannot serve."""
     return RunFailed(run_id=run_id, code=error.code, message=str(error), retryable=error.retryable)

@@ -15,11 +15,21 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from engine.batching import RUNS_WAITING_MAX, DeviceFault
+from engine.batching import RUNS_WAITING_MAX, DeviceFault, failed
 from engine.embedding_text import TextEncoder
 from engine.errors import RunError
 from engine.pooling import Pooled, Pooling
-from engine.protocol import OUTPUT_BYTES_MAX, Array, Finished, Message, Output, Run, RunFailed, Started
+from engine.protocol import (
+    OUTPUT_BYTES_MAX,
+    Array,
+    Finished,
+    FinishReason,
+    Message,
+    Output,
+    Run,
+    RunFailed,
+    Started,
+)
 from engine.states import StateRow
 
 
@@ -107,9 +117,7 @@ class EmbeddingBatcher:
         try:
             self._waiting.append(self._accept(run))
         except RunError as error:
-            return [
-                RunFailed(run_id=run.run_id, code=error.code, message=str(error), retryable=error.retryable)
-            ]
+            return [failed(run.run_id, error)]
         return []
 
     def _accept(self, run: Run) -> _Run:
@@ -231,7 +239,7 @@ class EmbeddingBatcher:
         array = Array("embeddings", "float32", run.vectors.shape, run.vectors.tobytes())
         return [Output(run_id=run.run_id, arrays=[array]), self._finished(run, "stop")]
 
-    def _finished(self, run: _Run, reason: Any) -> Finished:
+    def _finished(self, run: _Run, reason: FinishReason) -> Finished:
         return Finished(
             run_id=run.run_id,
             reason=reason,

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.batching import RUNS_WAITING_MAX
+from engine.batching import RUNS_WAITING_MAX, failed
 from engine.errors import RunError
 from engine.onnx_model import OnnxModel
-from engine.protocol import Array, Finished, Message, Output, Run, RunFailed, Started
+from engine.protocol import Array, Finished, FinishReason, Message, Output, Run, RunFailed, Started
 
 # kind of a type -> kinds of the values that it takes
 _TAKEN = {"f": "fiub", "i": "iub", "u": "iub", "b": "b"}
@@ -41,9 +41,7 @@ class TensorBatcher:
                 raise RunError("engine_busy", f"{RUNS_WAITING_MAX} runs already wait here", retryable=True)
             self._waiting.append((run.run_id, inputs_of(run.parameters, self._model.inputs)))
         except RunError as error:
-            return [
-                RunFailed(run_id=run.run_id, code=error.code, message=str(error), retryable=error.retryable)
-            ]
+            return [failed(run.run_id, error)]
         return []
 
     def cancel(self, run_id: str) -> list[Message]:
@@ -78,7 +76,7 @@ class TensorBatcher:
         ]
 
 
-def _finished(run_id: str, reason: Any, took_s: float) -> Finished:
+def _finished(run_id: str, reason: FinishReason, took_s: float) -> Finished:
     return Finished(run_id=run_id, reason=reason, prompt_tokens=0, tokens_generated=0, processing_s=took_s)
 
 

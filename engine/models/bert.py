@@ -66,9 +66,7 @@ def from_folder(folder: Folder, context: int) -> EncoderConfig:
     if folder.config.get("is_decoder") or folder.config.get("quantization_config"):
         raise refused(folder.path, "is a decoder or quantised")
     prefix = _PREFIX if _PREFIX + spelled("token_embd.weight") in folder.tensors else ""
-    unused = {
-        name for name in folder.tensors if name.removeprefix(prefix).startswith(_ENDS_UNUSED)
-    }  # fmt: skip
+    unused = {name for name in folder.tensors if name.removeprefix(prefix).startswith(_ENDS_UNUSED)}
     config = EncoderConfig(
         blocks=folder.integer("num_hidden_layers"),
         embedding=folder.integer("hidden_size"),

@@ -27,6 +27,7 @@ _NEEDS = {"PTX": ("NVJITLINK_PATH",), "CUDA": ("NVRTC_PATH", "CUDA_PATH")}
         "AMD:LLVM:gfx950",
         "NV:PTX:sm_80",
         "NV:PTX:sm_90",
+        "NV:PTX:sm_120",
         "NV:CUDA:sm_90",
     ],
 )
@@ -46,4 +47,11 @@ def test_kernels_compile(target: str) -> None:
     names = set(done.stdout.split())
     assert {"scores_4", "values_4", "exp_4", "highest_4", "write_cache_4", "rotate_4", "norm_4"} <= names
     assert {"add_rows_4_256", "mean_4", "deviation_4", "layer_norm_4_256", "gelu_4_256"} <= names
-    assert {"copy_positions", "head_norms_4", "ranks_4_8", "chosen_4_8_2", "shares_4_8_2", "expand_4_2_32"} <= names
+    assert {
+        "copy_positions",
+        "head_norms_4",
+        "ranks_4_8",
+        "chosen_4_8_2",
+        "shares_4_8_2",
+        "expand_4_2_32",
+    } <= names
