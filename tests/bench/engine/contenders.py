@@ -167,7 +167,7 @@ class Llama:
     def __init__(self, server: subprocess.Popen[str], log: Path) -> None:
         self._server, self._log = server, log
         self.process = psutil.Process(server.pid)
-        self.load_s = float(self._answer(START_S)["load_s"])
+        self._answer(START_S)  # it says when the model is there
 
     def ask(self, do: str, **fields: Any) -> dict[str, Any]:
         """Raises Missing."""

@@ -81,6 +81,8 @@ def measure(options: Options) -> Result:
                 missing[LLAMA] = str(error)
     if not options.quick:
         try:
+            with tinygrad(model):
+                pass  # its kernels are cached from here on
             _tinygrad(model, samples)
         except Missing as error:
             missing[TINYGRAD] = str(error)
