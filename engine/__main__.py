@@ -14,7 +14,7 @@ def main() -> None:
     sock = inherited_socket()
     configure, frames, waiting = greet(sock, "bitinglip-engine")
     if configure.device == "fake":
-        from engine.fake import FakeEngine
+        from engine.fake.engine import FakeEngine
 
         FakeEngine(sock, configure, frames).serve(waiting)
     else:

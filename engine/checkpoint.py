@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine import folder_tokenizer, gguf, safetensors, tokenizer
-from engine.gguf import Gguf
-from engine.safetensors import Folder
-from engine.tokenizer import Vocabulary
+from engine.files import gguf, safetensors
+from engine.files.gguf import Gguf
+from engine.files.safetensors import Folder
+from engine.text import folder_tokenizer, tokenizer
+from engine.text.tokenizer import Vocabulary
 
 
 def open_checkpoint(path: str | Path) -> Gguf | Folder:

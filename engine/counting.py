@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 
-from engine.chat import prompt_tokens
 from engine.checkpoint import open_checkpoint, tokenizer_file, vocabulary_of
-from engine.embedding import texts_of
-from engine.embedding_loading import EmbeddingFiles
+from engine.embedding.batcher import texts_of
+from engine.embedding.loading import EmbeddingFiles
 from engine.errors import EngineError
 from engine.protocol import CountTokens, TokenCount
-from engine.tokenizer import Vocabulary
+from engine.text.chat import prompt_tokens
+from engine.text.tokenizer import Vocabulary
 
 VOCABULARIES_MAX = 4
 CONTEXT_ANY = 1 << 30  # as long as the model takes

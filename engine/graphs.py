@@ -3,7 +3,7 @@
 Rows that pad a bucket write to a spare position behind every context, which no row ever reads.
 
 Every bucket is built during the load, 0.3 s each when its kernels are cached: none is left to stall a stream later.
-It is timed then, too: `engine.pacing` and `engine.speculation` choose among the sizes by what they take.
+It is timed then, too: `pacing` and `speculation` in engine/batching choose among the sizes by what they take.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 from tinygrad.uop.ops import UOp
 
-from engine.batching import Row
+from engine.batching.batcher import Row
+from engine.batching.pacing import Bucket
+from engine.batching.speculation import PROPOSED_MAX
+from engine.kernels.recording import recording
+from engine.kernels.slot_copy import SlotCopy
+from engine.kernels.weights import fill, upload
 from engine.models.decoder import Decoder
-from engine.pacing import Bucket
-from engine.recording import recording
-from engine.slot_copy import SlotCopy
-from engine.speculation import PROPOSED_MAX
-from engine.weights import fill, upload
 
 PROMPT_ROWS_CPU = (16, 32)  # beyond those of decoding: for prompts beside streams, and for prompts alone
 PROMPT_ROWS_GPU = (32, 128)

@@ -19,18 +19,18 @@ from typing import Protocol, TypeVar
 from tinygrad import Device
 from tinygrad.helpers import CPU_COUNT, GlobalCounters
 
-from engine import programs
-from engine.batching import Batcher
+from engine.batching.batcher import Batcher
 from engine.checkpoint import open_checkpoint, vocabulary_of
+from engine.compilers import programs
 from engine.device import DeviceName, memory_available
 from engine.errors import LoadError
-from engine.gguf import Gguf, bad_file
+from engine.files.gguf import Gguf, bad_file
 from engine.graphs import GraphedModel, bucket_sizes, cache_length, logits_rows
+from engine.kernels.weights import Weights, weights_bytes
 from engine.models import check_family, read_config
 from engine.models.decoder import Decoder, DecoderConfig
 from engine.models.encoder import EncoderConfig
 from engine.protocol import Load, Loaded, LoadProgress, Message, Run
-from engine.weights import Weights, weights_bytes
 
 Progress = Callable[[LoadProgress], None]
 
@@ -150,7 +150,7 @@ def _load_decoder(
 def _load_embeddings(
     load: Load, slots: int, name: DeviceName, limit: int, progress: Progress
 ) -> tuple[Serving, Graphs, int]:
-    from engine.embedding_loading import EmbeddingFiles
+    from engine.embedding.loading import EmbeddingFiles
 
     on_cpu = name.kind == "CPU"
     files = EmbeddingFiles.read(load.path, load.family, slots, load.context)
@@ -166,8 +166,8 @@ def _load_embeddings(
 def _load_tensors(
     load: Load, slots: int, name: DeviceName, limit: int, progress: Progress
 ) -> tuple[Serving, Graphs, int]:
-    from engine.onnx_model import OnnxFiles, OnnxModel
-    from engine.tensors import TensorBatcher
+    from engine.onnx.batcher import TensorBatcher
+    from engine.onnx.model import OnnxFiles, OnnxModel
 
     if load.family != "onnx":
         raise LoadError(

@@ -1,7 +1,7 @@
 """What was chosen is opened and tested: a device that computes something else than numpy serves nothing.
 
 Of several devices each is tested. Nothing but this file opens a device, so everything that tinygrad must be changed
-by (`engine.llvm`, `engine.opencl`, `engine.programs`) is put in place here.
+by (`engine.compilers.llvm`, `engine.compilers.opencl`, `engine.compilers.programs`) is put in place here.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def open_devices(name: DeviceName) -> DeviceFacts | None:
     """
     from tinygrad import Device
 
-    from engine import compatibility, llvm, opencl, programs
+    from engine import compatibility
+    from engine.compilers import llvm, opencl, programs
 
     programs.install(compatibility.digest(compatibility.facts(name)))
     llvm.install()
@@ -115,7 +116,7 @@ def _known_results(random: np.random.Generator, on: str) -> dict[str, tuple[Arra
     from tinygrad import Tensor
     from tinygrad.uop.ops import UOp
 
-    from engine import kernels
+    from engine.kernels import transformer
 
     heads, groups, width = 4, 2, 16
     size, rows = heads * width, 4
@@ -135,15 +136,15 @@ def _known_results(random: np.random.Generator, on: str) -> dict[str, tuple[Arra
     where = put(positions.astype(np.int32))
     slots = put(np.zeros(rows, dtype=np.int32))
     ones = put(np.ones(size, dtype=np.float32))
-    mixed_in = kernels.matmul(kernels.normed(tensor, ones, 1e-5), put(qkv).half())
+    mixed_in = transformer.matmul(transformer.normed(tensor, ones, 1e-5), put(qkv).half())
     cache = Tensor.zeros(2, 1, groups, 32, width, device=on).half().contiguous().realize()
-    cache = kernels.write_cache(cache, mixed_in, angles, slots, where, heads)
-    queries = kernels.rotate_queries(mixed_in, angles, heads, width, width**-0.5)
+    cache = transformer.write_cache(cache, mixed_in, angles, slots, where, heads)
+    queries = transformer.rotate_queries(mixed_in, angles, heads, width, width**-0.5)
     length = UOp.variable("length", 1, 32).bind(rows)
-    mixed = kernels.attention(queries, cache, slots, where, length).realize()
-    attended = kernels.matmul(mixed, put(out).half(), residual=tensor)
-    inner = kernels.matmul(kernels.normed(attended, ones, 1e-5), put(gate_up).half())
-    layer = kernels.gated(inner).numpy()
+    mixed = transformer.attention(queries, cache, slots, where, length).realize()
+    attended = transformer.matmul(mixed, put(out).half(), residual=tensor)
+    inner = transformer.matmul(transformer.normed(attended, ones, 1e-5), put(gate_up).half())
+    layer = transformer.gated(inner).numpy()
     right_mixed = _attention(x, qkv, turn, heads, groups)
     gate, up = np.split(_normed(x + right_mixed @ out.T) @ gate_up.T, 2, axis=1)
     return {

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from engine.errors import LoadError
-from engine.gguf import Gguf
+from engine.files.gguf import Gguf
+from engine.files.safetensors import Folder
 from engine.models import bert, gemma3, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3moe
 from engine.models.decoder import DecoderConfig
 from engine.models.encoder import EncoderConfig
-from engine.safetensors import Folder
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from engine.gguf import Gguf, bad_file
+from engine.files.gguf import Gguf, bad_file
+from engine.files.safetensors import Folder
 from engine.models.encoder import EncoderConfig
 from engine.models.reading import BLOCKS_MAX, activation, refused
-from engine.safetensors import Folder
 
 ARCHITECTURE = "bert"
 MODEL_TYPE = "bert"

@@ -14,12 +14,12 @@ import numpy.typing as npt
 from tinygrad import Device, Tensor
 from tinygrad.uop.ops import UOp
 
-from engine import experts, kernels
-from engine.kernels import HeadNorm, Normed, Rotation
-from engine.matrices import Matrix
-from engine.recording import copied
-from engine.sharing import Share, added, shares, side_by_side
-from engine.weights import MATRIX, Piece, Weights, array_dtype, upload
+from engine.kernels import experts, transformer
+from engine.kernels.matrices import Matrix
+from engine.kernels.recording import copied
+from engine.kernels.sharing import Share, added, shares, side_by_side
+from engine.kernels.transformer import HeadNorm, Normed, Rotation
+from engine.kernels.weights import MATRIX, Piece, Weights, array_dtype, upload
 
 
 @dataclass(frozen=True)
@@ -243,24 +243,24 @@ class _Shard:
         """tokens [R] -> [R, E]; zero where a token is another device's."""
         whole = self.share.vocabulary == (0, self._whole.vocabulary)
         share = None if whole else self.share.vocabulary
-        return kernels.gather_rows(self._embedding, tokens, self.config.embedding_scale, share)
+        return transformer.gather_rows(self._embedding, tokens, self.config.embedding_scale, share)
 
     def attend(self, x: Tensor, index: int, rows: _Rows) -> Tensor:
         """A block's attention, [R, E]: a partial sum, in which the first device includes `x` if no norm follows."""
         c, block, layer = self.config, self.blocks[index], self.config.layers[index]
         angles = rows.angles[layer.rope]
-        qkv = self._matmul(kernels.normed(x, block.attention_norm, c.epsilon), block.qkv, bias=block.bias)
+        qkv = self._matmul(transformer.normed(x, block.attention_norm, c.epsilon), block.qkv, bias=block.bias)
         keys_norm = queries_norm = None
         if block.query_norm is not None and block.key_norm is not None:
-            inverse = kernels.inverse_head_norms(qkv, c.heads + c.groups, c.width, c.epsilon)
+            inverse = transformer.inverse_head_norms(qkv, c.heads + c.groups, c.width, c.epsilon)
             keys_norm, queries_norm = HeadNorm(inverse, block.key_norm), HeadNorm(inverse, block.query_norm)
-        cache = kernels.write_cache(
+        cache = transformer.write_cache(
             block.cache, qkv, angles, rows.slots, rows.positions, c.heads, c.rotation, keys_norm
         )
-        queries = kernels.rotate_queries(
+        queries = transformer.rotate_queries(
             qkv, angles, c.heads, c.width, c.query_scale, c.rotation, queries_norm
         )
-        mixed = kernels.attention(
+        mixed = transformer.attention(
             queries, cache, rows.slots, rows.positions, rows.length, layer.window, self._threads
         )
         return self._matmul(mixed, block.output, residual=self._residual(x, block.attention_post))
@@ -268,24 +268,24 @@ class _Shard:
     def feed_forward(self, x: Tensor, index: int) -> Tensor:
         """A block's feed-forward, [R, E], as `attend`."""
         c, block, part = self.config, self.blocks[index], self.blocks[index].feed_forward
-        normed = kernels.normed(x, block.feed_forward_norm, c.epsilon)
+        normed = transformer.normed(x, block.feed_forward_norm, c.epsilon)
         residual = self._residual(x, block.feed_forward_post)
         if isinstance(part, _Mixture):
-            chosen, weights = experts.choose(kernels.matmul(normed, part.router), c.experts_used)
+            chosen, weights = experts.choose(transformer.matmul(normed, part.router), c.experts_used)
             inner = experts.expand(normed, part.gate, part.up, chosen, c.experts, self._threads)
             return experts.contract(inner, part.down, chosen, weights, residual, c.experts, self._threads)
-        inner = kernels.gated(self._matmul(normed, part.gate_up), c.gelu, self._threads)
+        inner = transformer.gated(self._matmul(normed, part.gate_up), c.gelu, self._threads)
         return self._matmul(inner, part.down, residual=residual)
 
     def settle(self, x: Tensor, total: Tensor, norm: Tensor | None) -> Tensor:
         """The stream after a block's half whose sum is `total`."""
         if norm is None:
             return total
-        return kernels.add_normed(x, total, kernels.inverse_norm(total, self.config.epsilon), norm)
+        return transformer.add_normed(x, total, transformer.inverse_norm(total, self.config.epsilon), norm)
 
     def normed(self, x: Tensor) -> Normed:
         """What logits are made of."""
-        return kernels.normed(x, self._norm, self.config.epsilon)
+        return transformer.normed(x, self._norm, self.config.epsilon)
 
     def logits(self, x: Tensor) -> Tensor:
         """Of this device's share of the vocabulary."""
@@ -297,7 +297,7 @@ class _Shard:
     def _matmul(
         self, x: Tensor | Normed, weight: Matrix, bias: Tensor | None = None, residual: Tensor | None = None
     ) -> Tensor:
-        return kernels.matmul(x, weight, bias=bias, residual=residual, threads=self._threads)
+        return transformer.matmul(x, weight, bias=bias, residual=residual, threads=self._threads)
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ class Decoder:
         logits = []
         stream = self._through_blocks(tokens, _Rows(slots, positions, tuple(angles), length))
         for shard, x in zip(self._shards, stream, strict=True):
-            logits.append(shard.logits(kernels.gather_rows(x, copied(wanted, shard.share.device))))
+            logits.append(shard.logits(transformer.gather_rows(x, copied(wanted, shard.share.device))))
         return side_by_side(logits)
 
     def states(

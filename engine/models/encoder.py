@@ -15,9 +15,9 @@ import numpy.typing as npt
 from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
-from engine import kernels, layer_norm
-from engine.matrices import Matrix
-from engine.weights import Weights, upload
+from engine.kernels import layer_norm, transformer
+from engine.kernels.matrices import Matrix
+from engine.kernels.weights import Weights, upload
 
 SLOTS = 16  # texts in one step
 
@@ -133,13 +133,13 @@ class Encoder:
     ) -> Tensor:
         """One step. tokens, slots, positions, ends [R]; `length` bound to at least max(ends) + 1. -> [R, E]."""
         c = self.config
-        x = layer_norm.add_rows(kernels.gather_rows(self._words, tokens), self._positions, positions)
+        x = layer_norm.add_rows(transformer.gather_rows(self._words, tokens), self._positions, positions)
         x = self._normed(x, self._norm)
         for block in self._blocks:
             qkv = self._matmul(x, block.qkv, block.qkv_bias)
-            cache = kernels.write_cache(self._cache, qkv, angles[0], slots, positions, c.heads)
-            queries = kernels.rotate_queries(qkv, angles[0], c.heads, c.width, c.width**-0.5)
-            mixed = kernels.attention(queries, cache, slots, ends, length, threads=self._threads)
+            cache = transformer.write_cache(self._cache, qkv, angles[0], slots, positions, c.heads)
+            queries = transformer.rotate_queries(qkv, angles[0], c.heads, c.width, c.width**-0.5)
+            mixed = transformer.attention(queries, cache, slots, ends, length, threads=self._threads)
             x = self._normed(self._matmul(mixed, block.output, block.output_bias, x), block.attention_norm)
             inner = layer_norm.gelu(self._matmul(x, block.up, block.up_bias))
             x = self._normed(self._matmul(inner, block.down, block.down_bias, x), block.norm)
@@ -149,4 +149,4 @@ class Encoder:
         return layer_norm.layer_norm(x, norm.weight, norm.bias, self.config.epsilon)
 
     def _matmul(self, x: Tensor, weight: Matrix, bias: Tensor, residual: Tensor | None = None) -> Tensor:
-        return kernels.matmul(x, weight, bias=bias, residual=residual, threads=self._threads)
+        return transformer.matmul(x, weight, bias=bias, residual=residual, threads=self._threads)

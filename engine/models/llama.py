@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.gguf import Gguf, bad_file
-from engine.kernels import Rotation
+from engine.files.gguf import Gguf, bad_file
+from engine.files.safetensors import Folder
+from engine.kernels.transformer import Rotation
 from engine.models import reading
 from engine.models.decoder import DecoderConfig
-from engine.safetensors import Folder
 
 ARCHITECTURE = "llama"
 MODEL_TYPE = "llama"

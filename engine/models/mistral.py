@@ -5,9 +5,9 @@ llama.cpp writes it as architecture llama, and its window not at all: up to the 
 
 from __future__ import annotations
 
+from engine.files.safetensors import Folder
 from engine.models import llama, reading
 from engine.models.decoder import DecoderConfig
-from engine.safetensors import Folder
 
 ARCHITECTURE = llama.ARCHITECTURE
 MODEL_TYPE = "mistral"

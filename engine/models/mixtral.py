@@ -6,11 +6,11 @@ a tensor for each, are refused: their names are unused).
 
 from __future__ import annotations
 
-from engine.gguf import Gguf
-from engine.kernels import Rotation
+from engine.files.gguf import Gguf
+from engine.files.safetensors import Folder
+from engine.kernels.transformer import Rotation
 from engine.models import llama, reading
 from engine.models.decoder import DecoderConfig
-from engine.safetensors import Folder
 
 ARCHITECTURE = llama.ARCHITECTURE
 MODEL_TYPE = "mixtral"

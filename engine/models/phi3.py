@@ -13,11 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from engine.gguf import Gguf, bad_file
-from engine.kernels import Rotation
+from engine.files.gguf import Gguf, bad_file
+from engine.files.safetensors import Folder
+from engine.kernels.transformer import Rotation
 from engine.models import reading
 from engine.models.decoder import DecoderConfig, Layer
-from engine.safetensors import Folder
 
 ARCHITECTURE = "phi3"
 MODEL_TYPE = "phi3"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.gguf import Gguf
-from engine.kernels import Rotation
+from engine.files.gguf import Gguf
+from engine.files.safetensors import Folder
+from engine.kernels.transformer import Rotation
 from engine.models import reading
 from engine.models.decoder import DecoderConfig
-from engine.safetensors import Folder
 
 ARCHITECTURE = "qwen2"
 MODEL_TYPE = "qwen2"

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import LoadError
-from engine.gguf import Gguf, bad_file
-from engine.kernels import Rotation
+from engine.files.gguf import Gguf, bad_file
+from engine.files.safetensors import Folder
+from engine.kernels.transformer import Rotation
 from engine.models.decoder import DecoderConfig, Layer, Rope
-from engine.safetensors import Folder
 
 BLOCKS_MAX = 512
 

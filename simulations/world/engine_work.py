@@ -1,4 +1,4 @@
-"""What goes on in one life of a simulated engine process: engine/fake.py, in virtual time and with a heap of moments.
+"""What goes on in one life of a simulated engine process: engine/fake, in virtual time and with a heap of moments.
 
 Synchronous: `advance` takes what the peer sent and gives what the process sends. `due` says when to call again.
 """

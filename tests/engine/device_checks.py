@@ -16,12 +16,15 @@ from tinygrad import Tensor
 from tinygrad.llm.gguf import ggml_data_to_tensor
 from tinygrad.uop.ops import UOp
 
-from engine import device, experts, gguf, kernels, programs, vectors
+from engine import device
+from engine.compilers import programs
 from engine.errors import DeviceUnusable
-from engine.matrices import LAYOUTS, Matrix, PackedForm, Part, device_bytes, panels, unpack
-from engine.recording import recording
+from engine.files import gguf
+from engine.kernels import experts, transformer, vectors
+from engine.kernels.matrices import LAYOUTS, Matrix, PackedForm, Part, device_bytes, panels, unpack
+from engine.kernels.recording import recording
+from engine.kernels.weights import Piece, Weights, upload
 from engine.self_test import self_test
-from engine.weights import Piece, Weights, upload
 from tests.engine import small_gguf
 from tests.engine.conftest import DEVICE
 from tests.engine.devices import open_suites
@@ -84,7 +87,7 @@ def decoders(directory: Path) -> None:
 def values(matrix: Matrix) -> np.ndarray:
     """All its rows, as the kernels see them."""
     rows = upload(np.arange(matrix.shape[0], dtype=np.int32))
-    return kernels.gather_rows(matrix, rows).numpy()
+    return transformer.gather_rows(matrix, rows).numpy()
 
 
 def _same(got: np.ndarray, right: np.ndarray, kind: int) -> None:
@@ -102,12 +105,12 @@ def product(matrix: Matrix, weights: np.ndarray) -> None:
     for rows in (1, 3, 8, 33):
         x, norm, inverse = floats(rows, inputs), floats(inputs), floats(rows)
         bias, residual = floats(outputs), floats(rows, outputs)
-        given = kernels.Normed(upload(x), upload(inverse), upload(norm))
-        got = kernels.matmul(given, matrix, bias=upload(bias), residual=upload(residual)).numpy()
+        given = transformer.Normed(upload(x), upload(inverse), upload(norm))
+        got = transformer.matmul(given, matrix, bias=upload(bias), residual=upload(residual)).numpy()
         normed = x * inverse[:, None] * norm
         for ours, values, added in (
             (got, normed, (bias, residual)),
-            (kernels.matmul(upload(x), matrix).numpy(), x, ()),
+            (transformer.matmul(upload(x), matrix).numpy(), x, ()),
         ):
             right = values.astype(np.float64) @ weights.T + sum(added)
             sizes = np.abs(weights).sum(1) * np.abs(values).max(1, keepdims=True)  # activations have 16 bits
@@ -137,7 +140,7 @@ def mixtures(_: Path) -> None:
         contracted = (third.reshape(rows, used, size) * shares[:, :, None]).sum(1) + residual
         alone = None
         for some in (1, rows):
-            given = kernels.Normed(upload(x[:some]), upload(inverse[:some]), upload(norm))
+            given = transformer.Normed(upload(x[:some]), upload(inverse[:some]), upload(norm))
             numbers, weighed = upload(chosen[:some]), upload(shares[:some])
             more = upload(inner[: some * used]), upload(residual[:some])
             one = experts.expand(given, gate, up, numbers, count, 2).numpy()
@@ -161,16 +164,18 @@ def packed(kind: int, outputs: int, inputs: int) -> tuple[Matrix, np.ndarray]:
 
 def step(inputs: dict[str, Tensor], length: UOp) -> Tensor:
     """A block and its ends, as a model has them."""
-    x = kernels.gather_rows(inputs["table"], inputs["tokens"])
+    x = transformer.gather_rows(inputs["table"], inputs["tokens"])
     for _ in range(2):
-        qkv = kernels.matmul(kernels.normed(x, inputs["norm"], 1e-5), inputs["qkv"])
+        qkv = transformer.matmul(transformer.normed(x, inputs["norm"], 1e-5), inputs["qkv"])
         ints = inputs["slots"], inputs["positions"]
-        cache = kernels.write_cache(inputs["cache"], qkv, inputs["angles"], *ints, HEADS)
-        queries = kernels.rotate_queries(qkv, inputs["angles"], HEADS, WIDTH, WIDTH**-0.5)
-        x = kernels.matmul(kernels.attention(queries, cache, *ints, length), inputs["output"], residual=x)
-        inner = kernels.gated(kernels.matmul(x, inputs["gate_up"]))
-        x = kernels.matmul(inner, inputs["output"], residual=x)
-    return kernels.normed(x, inputs["norm"], 1e-5).applied()
+        cache = transformer.write_cache(inputs["cache"], qkv, inputs["angles"], *ints, HEADS)
+        queries = transformer.rotate_queries(qkv, inputs["angles"], HEADS, WIDTH, WIDTH**-0.5)
+        x = transformer.matmul(
+            transformer.attention(queries, cache, *ints, length), inputs["output"], residual=x
+        )
+        inner = transformer.gated(transformer.matmul(x, inputs["gate_up"]))
+        x = transformer.matmul(inner, inputs["output"], residual=x)
+    return transformer.normed(x, inputs["norm"], 1e-5).applied()
 
 
 def inputs() -> dict[str, Tensor]:
@@ -202,7 +207,7 @@ def recorded(_: Path) -> None:
     graph.free_intermediates()
     with recording():
         try:
-            kernels.inverse_norm(given["table"].float() * 2, 1e-5)
+            transformer.inverse_norm(given["table"].float() * 2, 1e-5)
         except AssertionError:
             return
     raise AssertionError("a lazy tensor was recorded")
@@ -233,16 +238,16 @@ def wrong(_: Path) -> None:
     name = device.parse(DEVICE)
     assert self_test(name) > 0
     right = {
-        part: getattr(kernels, part) for part in ("gated", "attention", "rotate_queries", "inverse_norm")
+        part: getattr(transformer, part) for part in ("gated", "attention", "rotate_queries", "inverse_norm")
     }
     for part, kernel in right.items():
         setattr(
-            kernels, part, lambda *args, kernel=kernel, **named: kernel(*args, **named).contiguous() * 1.1
+            transformer, part, lambda *args, kernel=kernel, **named: kernel(*args, **named).contiguous() * 1.1
         )
         with pytest.raises(DeviceUnusable, match=r"computes a wrong (attention|layer)") as caught:
             self_test(name)
         assert caught.value.code == "self_test_failed"
-        setattr(kernels, part, kernel)
+        setattr(transformer, part, kernel)
 
 
 if __name__ == "__main__":

@@ -16,14 +16,14 @@ from typing import Any
 import numpy as np
 from tinygrad import dtypes
 
-from engine import llvm, programs
-from engine.embedding import EmbeddingBatcher
-from engine.embedding_loading import EmbeddingFiles
+from engine.compilers import llvm, programs
+from engine.embedding.batcher import EmbeddingBatcher
+from engine.embedding.loading import EmbeddingFiles
+from engine.embedding.pooling import Pooling
+from engine.embedding.states import StatesModel
+from engine.kernels.weights import MATRIX
 from engine.models.encoder import EncoderConfig
-from engine.pooling import Pooling
 from engine.protocol import Finished, Output, Run, Started
-from engine.states import StatesModel
-from engine.weights import MATRIX
 
 FIXTURES = Path(__file__).parent / "families"
 FORMATS = {"folder": ".", "gguf": "model.gguf"}

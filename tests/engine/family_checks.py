@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from tinygrad import dtypes
 
-from engine.batching import Row
+from engine.batching.batcher import Row
 from engine.checkpoint import open_checkpoint
 from engine.graphs import GraphedModel, cache_length
-from engine.kernels import Rotation
+from engine.kernels.transformer import Rotation
+from engine.kernels.weights import MATRIX, Weights
 from engine.models import check_family, read_config
 from engine.models.decoder import Decoder, DecoderConfig, Layer, Rope
-from engine.weights import MATRIX, Weights
 from tests.engine.devices import open_suites
 
 FIXTURES = Path(__file__).parent / "families"

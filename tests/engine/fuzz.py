@@ -30,13 +30,17 @@ if ATHERIS:
     import atheris
 
     with atheris.instrument_imports(include=["engine"], enable_loader_override=False):
-        from engine import chat, checkpoint, gguf, models, safetensors, templates
+        from engine import checkpoint, models
         from engine.errors import EngineError
-        from engine.weights import weights_bytes
+        from engine.files import gguf, safetensors
+        from engine.kernels.weights import weights_bytes
+        from engine.text import chat, templates
 else:
-    from engine import chat, checkpoint, gguf, models, safetensors, templates
+    from engine import checkpoint, models
     from engine.errors import EngineError
-    from engine.weights import weights_bytes
+    from engine.files import gguf, safetensors
+    from engine.kernels.weights import weights_bytes
+    from engine.text import chat, templates
 
 PARAMETERS = {
     "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi there 12"}]

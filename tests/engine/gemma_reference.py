@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from engine import gguf, tokenizer
+from engine.files import gguf
+from engine.text import tokenizer
 from tests.engine.reference import weights
 
 TEXTS = Path(__file__).parent / "texts"

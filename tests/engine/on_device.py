@@ -42,7 +42,7 @@ def compared(name: device.DeviceName, extent: str, fixture: str, kind: str) -> d
     import numpy as np
     from tinygrad.helpers import GlobalCounters
 
-    from engine.weights import MATRIX
+    from engine.kernels.weights import MATRIX
     from tests.engine import family_checks
 
     held = dict(GlobalCounters.mem_used_per_device)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import gguf as gguf_file
+from engine.files import gguf as gguf_file
 
 
 def _half(raw: np.ndarray) -> np.ndarray:

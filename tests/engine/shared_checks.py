@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 from tinygrad.helpers import GlobalCounters
 
-from engine import device, gguf
-from engine.batching import Row
+from engine import device
+from engine.batching.batcher import Row
 from engine.errors import LoadError
+from engine.files import gguf
 from engine.graphs import GraphedModel, cache_length
-from engine.kernels import Rotation
+from engine.kernels.transformer import Rotation
+from engine.kernels.weights import Weights
 from engine.models.decoder import Decoder, DecoderConfig, Layer, Rope
 from engine.self_test import open_devices
-from engine.weights import Weights
 from tests.engine import small_gguf
 
 EMBEDDING, HEADS, GROUPS, WIDTH, FEED_FORWARD, VOCABULARY, BLOCKS, EXPERTS = 64, 12, 6, 16, 160, 250, 2, 4

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine import gguf, tokenizer
-from engine.batching import Batcher, DeviceFault, Row
-from engine.pacing import Bucket
+from engine.batching.batcher import Batcher, DeviceFault, Row
+from engine.batching.pacing import Bucket
+from engine.batching.sampling import Sampler
+from engine.files import gguf
 from engine.protocol import Finished, Message, Run, RunFailed, Started, Tokens
-from engine.sampling import Sampler
-from engine.tokenizer import Vocabulary
+from engine.text import tokenizer
+from engine.text.tokenizer import Vocabulary
 
 
 class Successor:
@@ -219,7 +220,7 @@ def alone(model: Remembering, prompt: list[int], parameters: dict[str, Any]) -> 
 
 def test_every_run_is_as_if_it_were_alone(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
     """Conversations that go on, share a beginning, repeat themselves, are cancelled: none sees another's cache."""
-    monkeypatch.setattr("engine.batching.prompt_tokens", lambda _, parameters: parameters["ids"])
+    monkeypatch.setattr("engine.batching.batcher.prompt_tokens", lambda _, parameters: parameters["ids"])
     model = Remembering(len(vocabulary.pieces))
     batcher = Batcher(model, replace(vocabulary, ends=frozenset()), model.clock)
     random = np.random.default_rng(4)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from engine import gguf, tokenizer
-from engine.tokenizer import Vocabulary
+from engine.files import gguf
+from engine.text import tokenizer
+from engine.text.tokenizer import Vocabulary
 from tests.engine import corpus
 
 TEXTS = corpus.texts()

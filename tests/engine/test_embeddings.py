@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.embedding import EmbeddingBatcher
-from engine.embedding_loading import EmbeddingFiles
-from engine.embedding_text import read_text_encoder
+from engine.embedding.batcher import EmbeddingBatcher
+from engine.embedding.loading import EmbeddingFiles
+from engine.embedding.pooling import Pooled, Pooling, read_pooling
+from engine.embedding.states import StateRow
+from engine.embedding.text import read_text_encoder
 from engine.errors import LoadError
-from engine.pooling import Pooled, Pooling, read_pooling
+from engine.files.safetensors import read
 from engine.protocol import (
     OUTPUT_BYTES_MAX,
     Configure,
@@ -37,8 +39,6 @@ from engine.protocol import (
     Unloaded,
     Unusable,
 )
-from engine.safetensors import read
-from engine.states import StateRow
 from tests.engine.conftest import CACHE
 from tests.engine.devices import found_by
 from tests.engine.embedding_checks import CASES, FIXTURES, FORMATS, NUMBERS, vectors

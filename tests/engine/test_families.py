@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from engine.chat import render
 from engine.checkpoint import open_checkpoint, vocabulary_of
+from engine.text.chat import render
 from tests.engine.conftest import CACHE
 from tests.engine.devices import environment, found_by
 from tests.engine.family_checks import CASES, FIXTURES

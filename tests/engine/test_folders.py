@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from engine import safetensors
 from engine.checkpoint import open_checkpoint, vocabulary_of
 from engine.errors import LoadError
+from engine.files import safetensors
 from engine.models import FAMILIES, check_family, read_config
 from engine.protocol import (
     Configure,

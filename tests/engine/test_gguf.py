@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine import gguf, tokenizer
 from engine.errors import LoadError
+from engine.files import gguf
 from engine.models import check_family
+from engine.text import tokenizer
 from tests.engine.small_gguf import write
 
 METADATA = {"general.architecture": "llama", "llama.block_count": 1, "x.names": ["a", "b"], "x.scores": [0.5]}

@@ -14,14 +14,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from engine.batching import Batcher, Row
+from engine.batching.batcher import Batcher, Row
+from engine.batching.pacing import Bucket
+from engine.batching.sampling import Sampler
 from engine.checkpoint import open_checkpoint, vocabulary_of
 from engine.errors import RunError
-from engine.grammar import SCHEMA_BYTES_MAX, SCHEMA_DEPTH_MAX, Grammars
-from engine.pacing import Bucket
 from engine.protocol import Configure, Finished, Load, Loaded, Message, Ready, Run, RunFailed, Started, Tokens
-from engine.sampling import Sampler
-from engine.tokenizer import Vocabulary
+from engine.text.grammar import SCHEMA_BYTES_MAX, SCHEMA_DEPTH_MAX, Grammars
+from engine.text.tokenizer import Vocabulary
 from tests.engine.conftest import CACHE, DEVICE
 from tests.engine.harness import EngineProcess
 

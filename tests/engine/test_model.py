@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from engine import gguf, tokenizer
-from engine.chat import prompt_tokens
+from engine.files import gguf
 from engine.protocol import (
     Cancel,
     CountTokens,
@@ -28,6 +27,8 @@ from engine.protocol import (
     Unload,
     Unloaded,
 )
+from engine.text import tokenizer
+from engine.text.chat import prompt_tokens
 from tests.engine.conftest import CONTEXT, DEVICE, SLOTS
 from tests.engine.harness import EngineProcess
 from tests.engine.memory import Watched, held

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from engine.errors import LoadError, RunError
-from engine.onnx_model import MODEL, TEST, OnnxFiles, difference
+from engine.onnx.batcher import TensorBatcher, inputs_of
+from engine.onnx.model import MODEL, TEST, OnnxFiles, difference
 from engine.protocol import (
     OUTPUT_BYTES_MAX,
     Configure,
@@ -27,7 +28,6 @@ from engine.protocol import (
     Unloaded,
     Unusable,
 )
-from engine.tensors import TensorBatcher, inputs_of
 from tests.engine.conftest import CACHE
 from tests.engine.harness import REPOSITORY, EngineProcess
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.pacing import Bucket, StepTimes, prompt_rows, share
+from engine.batching.pacing import Bucket, StepTimes, prompt_rows, share
 
 
 def times(*milliseconds: float, rows: tuple[int, ...] = (1, 4, 8, 16, 32)) -> StepTimes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.prefixes import PREFIX_MIN, Place, Slots, TokenIds, common
+from engine.batching.prefixes import PREFIX_MIN, Place, Slots, TokenIds, common
 
 
 def ids(*parts: range | int) -> TokenIds:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.batching.sampling import Sampler
 from engine.errors import RunError
 from engine.protocol import Frames, Logprobs, TokenLogprob, Tokens, encode
-from engine.sampling import Sampler
 
 VOCABULARY = 12
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import LoadError
+from engine.kernels.sharing import shares
 from engine.protocol import Configure, Load, Loaded, LoadFailed, Ready, Unusable
-from engine.sharing import shares
 from tests.engine.conftest import CACHE
 from tests.engine.devices import check_models, compare, found_by
 from tests.engine.family_checks import FIXTURES

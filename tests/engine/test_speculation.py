@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from engine.pacing import Bucket, StepTimes
-from engine.speculation import RATE_FIRST, Acceptance, proposal, rows_beyond
+from engine.batching.pacing import Bucket, StepTimes
+from engine.batching.speculation import RATE_FIRST, Acceptance, proposal, rows_beyond
 
 
 @pytest.mark.parametrize(

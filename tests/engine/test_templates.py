@@ -6,8 +6,8 @@ import time
 
 import pytest
 
-from engine import templates
-from engine.templates import TemplateError, render
+from engine.text import templates
+from engine.text.templates import TemplateError, render
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": " <x> é "}]
 GROW = "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set ns.x = GROWN %}{% endfor %}{{ ns.x }}"

@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import gguf, tokenizer
-from engine.chat import prompt_tokens, render
+from engine.batching.sampling import Sampler, StopStrings
 from engine.counting import Counter
 from engine.errors import LoadError, RunError
+from engine.files import gguf
 from engine.protocol import CountTokens
-from engine.sampling import Sampler, StopStrings
-from engine.tokenizer import Vocabulary
+from engine.text import tokenizer
+from engine.text.chat import prompt_tokens, render
+from engine.text.tokenizer import Vocabulary
 from tests.engine.small_gguf import write
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import gguf, tokenizer
+from engine.files import gguf
+from engine.text import tokenizer
 from tests.engine.conftest import CACHE
 from tests.engine.gemma_reference import GREEDY, TEXTS
 from tests.engine.whole_model import ask

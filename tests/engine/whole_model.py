@@ -46,7 +46,8 @@ class Whole:
     """A loaded model and its first slot."""
 
     def __init__(self, path: str, family: str, context: int) -> None:
-        from engine import device, llvm, programs
+        from engine import device
+        from engine.compilers import llvm, programs
         from engine.loading import load_model
         from engine.protocol import Load
 
@@ -57,7 +58,7 @@ class Whole:
 
     def logits(self, tokens: list[int], start: int = 0) -> np.ndarray:
         """[len(tokens), vocabulary] of tokens at `start` and after it, the earlier ones being in the cache."""
-        from engine.batching import Row
+        from engine.batching.batcher import Row
 
         found = []
         for at in range(0, len(tokens), ROWS):

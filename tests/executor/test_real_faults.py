@@ -50,9 +50,9 @@ SLOW_START = quick(stall_s=STALL_S | {"start": 120.0})
 
 async def test_a_device_that_computes_wrongly_is_not_used() -> None:
     wrong = (
-        "from engine import kernels\n"
-        "right = kernels.gated\n"
-        "kernels.gated = lambda *given, **named: right(*given, **named).contiguous() * 1.1"
+        "from engine.kernels import transformer\n"
+        "right = transformer.gated\n"
+        "transformer.gated = lambda *given, **named: right(*given, **named).contiguous() * 1.1"
     )
     async with rig(ready=False, devices=(CPU,), command=spoiled(wrong), allowed=SLOW_START) as it:
         held = await report_where(it, state=EngineState.ERROR)
@@ -134,7 +134,8 @@ def in_a_step(fault: str, flag: Path) -> tuple[str, ...]:
         "import numpy, os, resource\n"
         "from tinygrad import dtypes\n"
         "from tinygrad.device import Buffer\n"
-        "from engine import graphs, native\n"
+        "from engine import graphs\n"
+        "from engine.kernels import native\n"
         "took, compute = [None], graphs.GraphedModel.step\n"
         "def fail():\n"
         f"{indent(fault, '    ')}\n"

@@ -10,8 +10,8 @@ from __future__ import annotations
 import itertools
 from contextlib import ExitStack
 
-from engine.chat import prompt_tokens
 from engine.protocol import Cancel
+from engine.text.chat import prompt_tokens
 from tests.bench.engine.contenders import Engine, Llama, Stream, llama, ours
 from tests.bench.engine.models import prompt, smollm2, story
 from tests.bench.engine.samples import Samples

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.gguf import Gguf
+from engine.files.gguf import Gguf
 from tests.bench.processes import CORES
 
 LARGE_BYTES = 1 << 30  # far beyond most caches

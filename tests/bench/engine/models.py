@@ -8,10 +8,11 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine import gguf, tokenizer
-from engine.chat import prompt_tokens
-from engine.gguf import Gguf
-from engine.tokenizer import Vocabulary
+from engine.files import gguf
+from engine.files.gguf import Gguf
+from engine.text import tokenizer
+from engine.text.chat import prompt_tokens
+from engine.text.tokenizer import Vocabulary
 from tests.bench.environments import BENCH, environment
 from tests.bench.processes import Missing
 

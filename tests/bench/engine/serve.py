@@ -14,8 +14,8 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from engine.chat import prompt_tokens
-from engine.tokenizer import Vocabulary
+from engine.text.chat import prompt_tokens
+from engine.text.tokenizer import Vocabulary
 from tests.bench.engine.contenders import Engine, Llama, Stream, Tinygrad, llama, ours, tinygrad
 from tests.bench.engine.models import WORDS, Model, smollm2, story
 from tests.bench.engine.samples import Samples

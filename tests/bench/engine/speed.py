@@ -11,10 +11,10 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
-from engine.chat import prompt_tokens
+from engine.kernels.weights import weights_bytes
 from engine.protocol import Cancel
-from engine.tokenizer import Vocabulary
-from engine.weights import weights_bytes
+from engine.text.chat import prompt_tokens
+from engine.text.tokenizer import Vocabulary
 from tests.bench.engine import limits
 from tests.bench.engine.contenders import SLOTS, Engine, Llama, Stream, Tinygrad, llama, ours, tinygrad
 from tests.bench.engine.models import Model, prompt, smollm2, story

@@ -11,7 +11,7 @@ import time
 
 import psutil
 
-from engine.chat import prompt_tokens
+from engine.text.chat import prompt_tokens
 from tests.bench.engine.contenders import CACHE, CONTEXT, llama, ours, peak_mib, tinygrad
 from tests.bench.engine.models import Model, smollm2, story
 from tests.bench.engine.samples import Samples

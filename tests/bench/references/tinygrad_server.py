@@ -18,7 +18,7 @@ os.environ.setdefault("DEV", "CPU:LLVM")
 from tinygrad.llm import cli
 from tinygrad.viz.serve import TCPServerWithReuse
 
-from engine import llvm
+from engine.compilers import llvm
 
 _from_gguf_kv = cli.SimpleTokenizer.from_gguf_kv
 

@@ -1,0 +1,1 @@
+"""A model's files as they are read: whatever is in them, they give what is right or an error."""

@@ -1,0 +1,1 @@
+"""ONNX models, whose runs take and give arrays."""

@@ -1,0 +1,1 @@
+"""Text and tokens: tokenizers, templates of conversations, and grammars that generated text obeys."""
