@@ -55,15 +55,16 @@ def read_text_encoder(checkpoint: Gguf | Folder) -> TextEncoder:
 
 
 def _of_folder(folder: Folder) -> TextEncoder:
-    path = folder.path / "tokenizer.json"
+    path = folder.path / folder_tokenizer.FILE
     text = read_text(path, TOKENIZER_BYTES_MAX)
     try:
         kind = msgspec.json.decode(text, type=_File).model.type
     except (msgspec.DecodeError, RecursionError) as error:
         raise bad_file(path, f"it is no tokenizer ({error})") from None
-    found = folder_tokenizer.parse(path, text)
-    if kind != "WordPiece":
-        found = folder_tokenizer.from_folder(folder).tokenizer  # which knows what it can and cannot read
+    if kind == "WordPiece":
+        found = folder_tokenizer.parse(path, text)
+    else:  # the others' reader knows what it can and cannot read
+        found = folder_tokenizer.from_text(folder, text).tokenizer
     found.no_truncation()
     found.no_padding()
     plain: list[int] = found.encode(_PROBE, add_special_tokens=False).ids

@@ -23,6 +23,7 @@ from engine.text.tokenizer import (
     sentencepiece_piece,
 )
 
+FILE = "tokenizer.json"
 TOKENS_MAX = 1 << 22
 
 
@@ -54,8 +55,12 @@ class _File(msgspec.Struct, frozen=True):
 
 def from_folder(folder: Folder) -> Vocabulary:
     """Raises LoadError `unsupported_tokenizer` or `bad_model_file`."""
-    path = folder.path / "tokenizer.json"
-    text = read_text(path, TOKENIZER_BYTES_MAX)
+    return from_text(folder, read_text(folder.path / FILE, TOKENIZER_BYTES_MAX))
+
+
+def from_text(folder: Folder, text: str) -> Vocabulary:
+    """The same of a tokenizer.json that has been read already."""
+    path = folder.path / FILE
     try:
         file = msgspec.json.decode(text, type=_File)
     except (msgspec.DecodeError, RecursionError) as error:
