@@ -1,7 +1,7 @@
 """Mixtral: Mistral with a mixture of experts as its feed-forward.
 
-llama.cpp writes it as architecture llama with an expert count, all experts of a block as one tensor (older files, with
-a tensor for each, are refused: their names are unused).
+llama.cpp writes it as architecture llama with an expert count, all experts of a block as one tensor; older files, and
+folders, have a tensor for each.
 """
 
 from __future__ import annotations

@@ -20,11 +20,13 @@ from tinygrad import dtypes
 
 from engine.batching.batcher import Row
 from engine.checkpoint import open_checkpoint
+from engine.files import gguf
 from engine.graphs import GraphedModel, cache_length
 from engine.kernels.transformer import Rotation
 from engine.kernels.weights import MATRIX, Weights
 from engine.models import check_family, read_config
 from engine.models.decoder import Decoder, DecoderConfig, Layer, Rope
+from tests.engine import small_gguf
 from tests.engine.devices import open_suites
 
 FIXTURES = Path(__file__).parent / "families"
@@ -208,18 +210,38 @@ class Check:
         return all(self.greedy_equal(tokens[slot][:-1], slot) for slot in range(3))
 
 
+def each_expert_apart(target: Path) -> str:
+    """Mixtral's GGUF file as llama.cpp wrote it before 2024-04: each expert's matrices as tensors of their own."""
+    whole = gguf.read(FIXTURES / "mixtral" / "model.gguf")
+    data, tensors = whole.path.read_bytes(), {}
+    for name, info in whole.tensors.items():
+        parts, shape = {name: data[info.offset : info.offset + info.size]}, info.shape
+        if "_exps." in name:
+            size, shape = info.size // shape[0], shape[1:]
+            apart = name.replace("_exps.", ".{}.")
+            parts = {
+                apart.format(expert): parts[name][expert * size : (expert + 1) * size]
+                for expert in range(info.shape[0])
+            }
+        tensors |= {part: (shape[::-1], info.kind, raw) for part, raw in parts.items()}
+    return str(small_gguf.write(target, whole.metadata, tensors))
+
+
 def main(out: Path, only: list[str]) -> None:
     measured: dict[str, Any] = {}
     for fixture in only or CASES:
         expected = dict(np.load(FIXTURES / fixture / "expected.npz"))
-        for kind, file in FORMATS.items():
+        formats = dict(FORMATS)
+        if fixture == "mixtral":
+            formats["gguf, experts apart"] = each_expert_apart(out.with_suffix(".gguf"))
+        for kind, file in formats.items():
             if (fixture, kind) == ("mistral-window", "gguf"):
                 continue  # llama.cpp's converter drops the window
             # float32 shows that the computation is right, float16 what is served
             for numbers, matrices in (("float32", dtypes.float32), ("float16", MATRIX)):
                 if (
                     numbers == "float32"
-                    and kind == "gguf"
+                    and kind != "folder"
                     and fixture not in ("llama", "gemma3", "phi3-long")
                 ):
                     continue
