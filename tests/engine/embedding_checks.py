@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from tinygrad import dtypes
 
-from engine.compilers import llvm, programs
 from engine.embedding.batcher import EmbeddingBatcher
 from engine.embedding.loading import EmbeddingFiles
 from engine.embedding.pooling import Pooling
@@ -24,6 +23,7 @@ from engine.embedding.states import StatesModel
 from engine.kernels.weights import MATRIX
 from engine.models.encoder import EncoderConfig
 from engine.protocol import Finished, Output, Run, Started
+from tests.engine.devices import open_suites
 
 FIXTURES = Path(__file__).parent / "families"
 FORMATS = {"folder": ".", "gguf": "model.gguf"}
@@ -161,6 +161,5 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    llvm.install()
-    programs.install()
+    open_suites()
     main(Path(sys.argv[1]))

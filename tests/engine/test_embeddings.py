@@ -6,7 +6,6 @@ The references were computed once (families/make_embedding.py says how); one pro
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,8 @@ from engine.protocol import (
     Unloaded,
     Unusable,
 )
-from tests.engine.conftest import CACHE
-from tests.engine.devices import found_by
+from tests.engine.conftest import CACHE, DEVICE
+from tests.engine.devices import environment, found_by
 from tests.engine.embedding_checks import CASES, FIXTURES, FORMATS, NUMBERS, vectors
 from tests.engine.harness import EngineProcess
 
@@ -52,8 +51,7 @@ WAYS = {"together", "not normalised", "alone", "mean", "cls", "last", "interleav
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("embeddings") / "measured.json"
-    on_cpu = os.environ | {"DEV": "CPU:LLVM", "CACHEDB": str(CACHE / "embeddings.db")}
-    return found_by("embedding_checks", [str(out)], out, on_cpu)
+    return found_by("embedding_checks", [str(out)], out, environment(CACHE / "embeddings.db"))
 
 
 @pytest.mark.process
@@ -94,7 +92,7 @@ def test_an_engine_serves_embeddings_beside_others() -> None:
     expected = json.loads((FIXTURES / "bert" / "expected.json").read_text())
     right = dict(np.load(FIXTURES / "bert" / "expected.npz"))["mean"]
     path = str(FIXTURES / "bert")
-    configure = Configure(worker_id="w", device="CPU:LLVM", cache_dir=str(CACHE))
+    configure = Configure(worker_id="w", device=DEVICE, cache_dir=str(CACHE))
     with EngineProcess(configure) as engine:
         assert isinstance(engine.wait_type(Ready, Unusable, timeout_s=120), Ready)
         engine.send(Load(model="t", path=path, family="bert"))

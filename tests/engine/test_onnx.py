@@ -28,7 +28,7 @@ from engine.protocol import (
     Unloaded,
     Unusable,
 )
-from tests.engine.conftest import CACHE
+from tests.engine.conftest import CACHE, DEVICE
 from tests.engine.harness import REPOSITORY, EngineProcess
 
 FIXTURE = REPOSITORY / "tests" / "engine" / "families" / "onnx"
@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[EngineProcess]:
-    configure = Configure(worker_id="w", device="CPU:LLVM", cache_dir=str(CACHE))
+    configure = Configure(worker_id="w", device=DEVICE, cache_dir=str(CACHE))
     with EngineProcess(configure) as made:
         assert isinstance(made.wait_type(Ready, Unusable, timeout_s=120), Ready)
         yield made

@@ -1,4 +1,4 @@
-"""A script, DEV given: a real model by the engine's own parts, asked for what its protocol does not tell.
+"""A script: a real model by the engine's own parts on the suite's device, asked for what its protocol does not tell.
 
 `python -m tests.engine.whole_model MODEL FAMILY` reads one JSON object from stdin and answers it:
 
@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from tests.engine.conftest import DEVICE
+from tests.engine.devices import environment, open_suites
 from tests.engine.harness import REPOSITORY
 
 ROWS = 16  # of a step, logits of all of them wanted: as many as there are slots
@@ -30,7 +31,7 @@ def ask(model: Path, family: str, cache: Path, question: dict[str, Any]) -> dict
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.whole_model", str(model), family],
         cwd=REPOSITORY,
-        env=os.environ | {"DEV": "CPU:LLVM", "CACHEDB": str(cache / "kernels.db")},
+        env=environment(cache / "kernels.db"),
         input=json.dumps(question),
         capture_output=True,
         text=True,
@@ -47,14 +48,12 @@ class Whole:
 
     def __init__(self, path: str, family: str, context: int) -> None:
         from engine import device
-        from engine.compilers import llvm, programs
         from engine.loading import load_model
         from engine.protocol import Load
 
-        llvm.install()
-        programs.install()
+        open_suites()
         load = Load(model="m", path=path, family=family, context=context, slots=ROWS)
-        self.model: Any = load_model(load, ROWS, device.parse(os.environ["DEV"]), 0, lambda _: None).graphs
+        self.model: Any = load_model(load, ROWS, device.parse(DEVICE), 0, lambda _: None).graphs
 
     def logits(self, tokens: list[int], start: int = 0) -> np.ndarray:
         """[len(tokens), vocabulary] of tokens at `start` and after it, the earlier ones being in the cache."""
