@@ -108,8 +108,10 @@ def look(space: Space, memory: Memory, *, leads: bool, led: bool, now: float) ->
         quota_bytes=quota,
         message=_message(space, memory.level),
     )
-    own = space.member_id in space.alarmed
-    if (own or (memory.level == "critical" and leads)) and not _within(COMPACT_S, memory.compacted_at, now):
+    stands = _is_to_make_room(space, memory, now)
+    if (stands or (memory.level == "critical" and leads)) and not _within(
+        COMPACT_S, memory.compacted_at, now
+    ):
         action: Action = Compact(space.revision, f"the store is {memory.level}: its history makes room")
         return Verdict(replace(memory, compacted_at=now), room, action)
     if space.alarmed:
@@ -151,29 +153,46 @@ def _message(space: Space, level: RoomLevel) -> str:
     return ""
 
 
+def _is_to_make_room(space: Space, memory: Memory, now: float) -> bool:
+    """Whether the store stands still as long as this member has no room."""
+    if space.member_id in space.alarmed:
+        return True
+    return not _is_roomy(space) and _of_others(space, memory, now) is not None
+
+
+def _is_roomy(space: Space) -> bool:
+    return space.file_bytes < HAS_ROOM * space.quota_bytes
+
+
+def _of_others(space: Space, memory: Memory, now: float) -> Action | None:
+    """What ends another's alarm, once that one does not see to it: to be done by a member that has room itself."""
+    for member_id in space.alarmed:
+        if member_id in space.learners:
+            return Renew(member_id, "that learner has reached its quota, and cannot be defragmented")
+        if member_id not in space.voters:
+            return Disarm(member_id, "that member is none of the store's any more")
+        if now - memory.since["alarm", member_id] >= OTHERS_S:
+            return Disarm(member_id, f"that member has not done so for {OTHERS_S:g} s: it may not be up")
+    return None
+
+
 def _cure(space: Space, memory: Memory, now: float) -> tuple[Action | None, str]:
     """The store stands still: nothing is spared by waiting for a turn."""
     quota, free = space.quota_bytes, space.file_bytes - space.used_bytes
-    roomy = space.file_bytes < HAS_ROOM * quota
-    if space.member_id in space.alarmed:
+    if _is_to_make_room(space, memory, now):
         # etcd counts pages as free at its next write only, and a full store has none: so without that, seldom
         again_s = AGAIN_S if free >= WORTH_FULL * quota else UNSURE_S
         if space.file_bytes >= CROWDED * quota and not _within(again_s, memory.defragmented_at, now):
-            return Defragment(alone=False, reason="this member has reached its quota"), ""
-        if roomy:
-            return Disarm(space.member_id, "this member has room again"), ""
-        return None, (
-            "what the store holds leaves no room below its quota: raise store.quota_bytes on every voter and"
-            " restart them"
-        )
-    for member_id in space.alarmed if roomy else ():
-        if member_id in space.learners:
-            return Renew(member_id, "that learner has reached its quota, and cannot be defragmented"), ""
-        if member_id not in space.voters:
-            return Disarm(member_id, "that member is none of the store's any more"), ""
-        if now - memory.since["alarm", member_id] >= OTHERS_S:
-            return Disarm(member_id, f"that member has not done so for {OTHERS_S:g} s: it may not be up"), ""
-    return None, "another member has reached its quota and is to see to it"
+            return Defragment(alone=False, reason="this member has no room below its quota"), ""
+        if not _is_roomy(space):
+            return None, (
+                "what the store holds leaves no room below its quota: raise store.quota_bytes on every voter and"
+                " restart them"
+            )
+    if space.member_id in space.alarmed:
+        return Disarm(space.member_id, "this member has room again"), ""
+    found = _of_others(space, memory, now)
+    return found, "" if found is not None else "another member has reached its quota and is to see to it"
 
 
 def _thin(space: Space, memory: Memory, leads: bool, led: bool, now: float) -> tuple[Action | None, str]:

@@ -44,9 +44,9 @@ class SimRooms:
         self._files[member_id] = QUOTA
         self._look_at_quotas()
 
-    def swell(self) -> None:
+    def swell(self, file_bytes: int = SWOLLEN) -> None:
         """Everybody's file is near it."""
-        self._files.update(dict.fromkeys(self._entries, SWOLLEN))
+        self._files.update(dict.fromkeys(self._entries, file_bytes))
 
     # ---------------------------------------------------------------- the store
 

@@ -91,6 +91,20 @@ def test_the_alarm_of_a_host_that_is_gone_is_taken_back_by_others() -> None:
     run_world(main, 3)
 
 
+def test_others_whose_files_are_near_the_quota_make_room_before_they_take_that_alarm_back() -> None:
+    async def main(world: World) -> None:
+        fleet, rooms = await grown(world)
+        (leader,) = fleet.leaders()
+        name = next(each for each in fleet.voters() if each != leader)
+        rooms.swell(QUOTA // 100 * 97)
+        rooms.fill(member_of(fleet, name))
+        fleet.hosts[name].kill(power=True)
+        await until(lambda: not rooms.short({name}), CURE_S, "the alarm is taken back")
+        await until(lambda: len(fleet.leaders()) == 1, CURE_S, "somebody leads again")
+
+    run_world(main, 6)
+
+
 def test_files_near_their_quota_are_defragmented_one_after_the_other_and_the_leaders_last() -> None:
     async def main(world: World) -> None:
         fleet, rooms = await grown(world)

@@ -115,9 +115,28 @@ def test_another_members_alarm_is_its_own_matter_for_a_while() -> None:
     late = look(others, first.memory, now=130.0)
     assert isinstance(late.action, Disarm)
     assert late.action.member_id == 2
-    assert (
-        look(replace(others, file_bytes=990), first.memory, now=130.0).action is None
-    )  # it has no room itself
+
+
+@pytest.mark.parametrize("whose", ["of a voter that is gone", "of a learner", "of a member that was removed"])
+def test_who_ends_anothers_alarm_and_has_no_room_itself_makes_it_first(whose: str) -> None:
+    """All members' files are about as large: without that, the store would stand still for ever."""
+    alarmed = {"of a voter that is gone": 2}.get(whose, 9)
+    found = replace(
+        CALM, file_bytes=960, alarmed=(alarmed,), learners=(9,) if whose == "of a learner" else ()
+    )
+    memory = look(found, now=100.0).memory if alarmed == 2 else Memory()
+    assert memory.compacted_at is None
+    first = look(found, memory, now=130.0, led=False)
+    assert isinstance(first.action, Compact)
+    second = look(found, first.memory, now=135.0, led=False)
+    assert isinstance(second.action, Defragment)
+    assert not second.action.alone
+    waits = look(found, second.memory, now=140.0, led=False)
+    assert waits.action is None
+    assert "raise store.quota_bytes" in waits.waits
+    third = look(replace(found, file_bytes=300), second.memory, now=140.0, led=False).action
+    assert isinstance(third, Renew if whose == "of a learner" else Disarm)
+    assert third.member_id == alarmed
 
 
 def test_the_alarm_of_a_member_that_was_removed_goes_at_once() -> None:
