@@ -86,8 +86,7 @@ async def _load_all(store: Store, snapshot: Snapshot, prefix: str, kind: type[Re
     while True:
         page = await store.range(start, end, limit=_PAGE)
         for item in page.items:
-            record = decode(kind, item.value)
-            snapshot.load(rewind.plan(record, snapshot.started_at) if isinstance(record, Plan) else record)
+            snapshot.load(rewind.record(decode(kind, item.value), snapshot.started_at))
         if not page.more:
             return
         start = page.items[-1].key + "\0"

@@ -10,8 +10,21 @@ from __future__ import annotations
 
 from msgspec.structs import replace as changed
 
+from peer.state.base import Record
+from peer.state.model import Draining
 from peer.state.plan import Plan
 from peer.state.task import Task
+
+
+def record(loaded: Record, now: float) -> Record:
+    """Any record but a task, as this leader is to take it in."""
+    match loaded:
+        case Plan():
+            return plan(loaded, now)
+        case Draining():
+            return draining(loaded, now)
+        case _:
+            return loaded
 
 
 def task(record: Task, now: float) -> Task:
@@ -38,6 +51,14 @@ def plan(record: Plan, now: float) -> Plan:
             changed(move, started_at=now) if (move.started_at or 0.0) > now else move for move in record.moves
         ),
     )
+
+
+def draining(record: Draining, now: float) -> Draining:
+    """The same; a model that an owner keeps out is kept out as long as it was to be."""
+    ahead = record.since - now
+    if ahead <= 0.0:
+        return record
+    return changed(record, since=now, until=max(0.0, record.until - ahead))
 
 
 def _back(at: float | None, seconds: float) -> float | None:

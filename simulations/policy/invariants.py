@@ -19,7 +19,6 @@ from peer.limits import ATTEMPTS_MAX, WORKER_SILENT_S
 from peer.state import command as asks
 from peer.state.model import Draining, ReplicaState
 from peer.state.order import ForgetAttempt, LoadReplica, Report, RunAttempt, UnloadReplica, WorkerReported
-from peer.state.plan import Plan
 from peer.state.record import decode, encode, key_of
 from peer.state.snapshot import (
     Alive,
@@ -427,9 +426,10 @@ class Checker:
             for record in group:
                 stored = store.value(key_of(record))
                 same = stored == encode(record)
-                if not same and stored is not None and isinstance(record, Plan):
+                if not same and stored is not None:
                     # Loaded with times that lay ahead, and not changed since.
-                    same = encode(rewind.plan(decode(Plan, stored), snapshot.started_at)) == encode(record)
+                    loaded = rewind.record(decode(type(record), stored), snapshot.started_at)
+                    same = encode(loaded) == encode(record)
                 self.check("memory equals store", same, key_of(record))
 
     def timely(self, snapshot: Snapshot, now: float, stalled_s: float) -> None:

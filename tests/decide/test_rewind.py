@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peer.decide import rewind
-from peer.state.plan import Move, Plan
+from peer.state.model import Draining
+from peer.state.plan import Leaving, Move, Plan
 from peer.state.task import Status, Task
 
 NOW = 1_000.0
@@ -62,5 +63,20 @@ def test_a_move_of_the_future_begins_now() -> None:
         created_at=2_000.0, moves=moves,
     )  # fmt: skip
     assert [move.started_at for move in rewind.plan(ahead, NOW).moves] == [900.0, NOW, None]
-    settled = rewind.plan(ahead, 2_000.0)
+    settled = rewind.record(ahead, 2_000.0)
     assert settled is ahead
+
+
+def test_what_an_owner_keeps_out_stays_out_no_longer_than_it_was_to() -> None:
+    ahead = Draining(worker_id="w1", model_name="m", since=4_600.0, because="owner", until=5_200.0)
+    moved = rewind.record(ahead, NOW)
+    assert isinstance(moved, Draining)
+    assert (moved.since, moved.until) == (NOW, NOW + 600.0)
+    assert rewind.record(moved, NOW) is moved
+    plain = Draining(worker_id="w1", model_name="m", since=4_600.0, because="room")
+    assert rewind.draining(plain, NOW).until == 0.0
+
+
+def test_other_records_are_taken_in_as_they_are() -> None:
+    leaving = Leaving(peer_id="p1", since=4_600.0, by="o")
+    assert rewind.record(leaving, NOW) is leaving

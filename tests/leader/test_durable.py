@@ -17,6 +17,7 @@ from peer.establish import load_keys, take_leadership
 from peer.ports import LEADER_KEY, Put
 from peer.state import command as asks
 from peer.state.key import ApiKey
+from peer.state.model import Draining
 from peer.state.record import encode, index_keys, key_of
 from peer.state.task import Status, Task
 from tests.decide.build import POLICY, T0, replica
@@ -237,6 +238,18 @@ async def test_what_was_acknowledged_is_there_again(autojump_clock: Any) -> None
     fresh.snapshot.keys.clear()
     await load_keys(store, fresh.snapshot)
     assert set(fresh.snapshot.keys) == {"a"}
+
+
+async def test_what_a_clock_that_was_ahead_kept_out_is_kept_out_for_as_long(autojump_clock: Any) -> None:
+    store = MemoryStore()
+    async with leading(store):
+        pass
+    since = T0 + 9_000.0
+    ahead = Draining(worker_id="w1", model_name="echo", since=since, because="owner", until=since + 600.0)
+    await store.txn([], [Put(key_of(ahead), encode(ahead))])
+    async with leading(store, worker=False) as rig:
+        (loaded,) = rig.snapshot.draining.values()
+        assert loaded.until - rig.snapshot.started_at == 600.0
 
 
 async def test_a_large_queue_is_read_page_by_page(
