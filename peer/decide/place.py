@@ -407,7 +407,7 @@ def _begin(
     if needed <= memory(snapshot, worker_id).free:
         load(snapshot, now, model, worker_id, decision)
         return True
-    going = {m for w, m in snapshot.draining if w == worker_id}
+    going = {name for name in snapshot.replicas[worker_id] if (worker_id, name) in snapshot.draining}
     leaving = []
     for name in may_go:
         if needed <= memory(snapshot, worker_id, without=frozenset(going)).free:

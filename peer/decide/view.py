@@ -82,18 +82,22 @@ def _pending_on(snapshot: Snapshot, now: float, task: Task, model: Model, worker
     return f"{model.name} is being unloaded"
 
 
-def _not_loaded(snapshot: Snapshot, now: float, model: Model, worker_id: str) -> str:
+def _barred_s(snapshot: Snapshot, now: float, model: Model, worker_id: str) -> float:
+    """For how long yet no task brings it there, as an owner has unloaded it by force; 0 if one may."""
     draining = snapshot.draining.get((worker_id, model.name))
-    if draining is not None and draining.until > now:
+    return max(0.0, draining.until - now) if draining is not None else 0.0
+
+
+def _not_loaded(snapshot: Snapshot, now: float, model: Model, worker_id: str) -> str:
+    if left_s := _barred_s(snapshot, now, model, worker_id):
         return (
             f"an owner has unloaded {model.name} by force: it is loaded again when it is assigned, or for tasks in "
-            f"{draining.until - now:.0f} s"
+            f"{left_s:.0f} s"
         )
     needed = memory_needed(snapshot, model, worker_id)
     room = memory(snapshot, worker_id)
     if needed > room.free:
-        here = snapshot.replicas[worker_id]
-        going = [name for w, name in snapshot.draining if w == worker_id and name in here]
+        going = [name for name in snapshot.replicas[worker_id] if (worker_id, name) in snapshot.draining]
         leave = f"; {' and '.join(going)} will be unloaded when its tasks end" if going else ""
         return f"{model.name} does not fit: it {room.arithmetic(needed)}{leave}"
     busy = [
@@ -118,7 +122,7 @@ def estimated_wait_s(snapshot: Snapshot, now: float, task: Task) -> float | None
     if not serving:
         if not workers:
             return None
-        load_s = min(load_seconds(snapshot, model, w) for w in workers)
+        load_s = min(load_seconds(snapshot, model, w) + _barred_s(snapshot, now, model, w) for w in workers)
         begun = [now - r.since for r in replicas if r.state is ReplicaState.LOADING]
         load_s = max(0.0, load_s - max(begun, default=0.0))
     slots = sum(r.slots for r in serving) or model.slots

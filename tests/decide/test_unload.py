@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from peer.decide import place, recover, view
+from peer.decide.workers import load_seconds
 from peer.errors import Conflict
 from peer.limits import UNLOADED_S
 from peer.state.model import Draining, ReplicaState
@@ -133,6 +136,8 @@ def test_what_was_unloaded_by_force_is_not_brought_back_by_its_tasks_for_a_while
     reasons = [each.reason for each in view.pending_reasons(world.s, world.now + 1.0, world.task(task))]
     assert len(reasons) == 2
     assert all("by force" in each and each.endswith("in 599 s") for each in reasons)
+    load_s = load_seconds(world.s, world.s.catalogue["small"], "w1")
+    assert view.estimated_wait_s(world.s, world.now + 1.0, world.task(task)) == 599.0 + load_s
     world.later(UNLOADED_S - 0.5)
     for worker in ("w1", "w2"):
         world.hear(worker_report(worker))
@@ -145,6 +150,30 @@ def test_what_was_unloaded_by_force_is_not_brought_back_by_its_tasks_for_a_while
     (load,) = reconcile(world)
     assert isinstance(load, LoadReplica)
     assert load.model.name == "small"
+
+
+class Walked(dict[tuple[str, str], Draining]):
+    """Counts how often its keys are gone through."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        self.walks += 1
+        return super().__iter__()
+
+
+def test_what_is_kept_out_of_many_workers_is_not_gone_through_for_each_of_them() -> None:
+    """Every tick, or the answer for one task: their square, where many models were unloaded everywhere."""
+    world = World()
+    for number in range(5):
+        world.worker(f"w{number}", replica("large"), replica("echo"))
+    unload(world, "echo", force=True)
+    task = world.submit("small")
+    assert len(world.s.draining) == 5
+    world.s.draining = Walked(world.s.draining)
+    assert {type(order) for order in reconcile(world)} == {UnloadReplica}
+    assert len(view.pending_reasons(world.s, world.now, world.task(task))) == 5
+    assert world.s.draining.walks == 0
 
 
 def test_an_assignment_ends_what_a_forced_unload_holds() -> None:
