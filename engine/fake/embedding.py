@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import struct
 from typing import Any
 
@@ -62,12 +63,16 @@ def given_back(parameters: dict[str, Any]) -> list[Array]:
 
 
 def _array(name: str, given: dict[str, Any]) -> Array:
-    data = given["data"]
+    data, letter = given["data"], _FORMATS[given["dtype"]]
     try:
         if isinstance(data, str):
             packed = base64.b64decode(data, validate=True)
         else:
-            packed = struct.pack(f"<{len(data)}{_FORMATS[given['dtype']]}", *data)
+            packed = struct.pack(f"<{len(data)}{letter}", *data)
     except (ValueError, OverflowError, struct.error) as error:
         raise RunError("bad_parameters", f"input {name}: {error}") from None
+    count = math.prod(given["shape"])
+    if len(packed) != count * struct.calcsize(f"<{letter}"):
+        text = f"input {name} has {len(packed)} bytes, and its shape {count} numbers of {given['dtype']}"
+        raise RunError("bad_parameters", text)
     return Array(name, given["dtype"], tuple(given["shape"]), packed)

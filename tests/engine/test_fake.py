@@ -95,6 +95,10 @@ def test_gives_arrays_back() -> None:
         assert struct.unpack("<f", y.data) == (1.0,)
         assert compute("b/1", x={**numbers, "data": [1 << 20, 0]}).code == "bad_parameters"
         assert compute("c/1", x={**packed, "data": "no base64"}).code == "bad_parameters"
+        for run_id, wrong in (("d/1", {**numbers, "shape": [3]}), ("e/1", {**packed, "shape": [2]})):
+            failed = compute(run_id, x=wrong)
+            assert (failed.code, failed.retryable) == ("bad_parameters", False)
+            assert "4 bytes" in failed.message
 
 
 def test_starts_quickly_and_says_it_is_a_stand_in() -> None:
