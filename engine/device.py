@@ -119,7 +119,7 @@ def examine(name: DeviceName) -> DeviceFacts:
     if name.kind == "AMD" and name.interface == "KFD":
         return _examine_amd(name)
     if name.kind == "CPU":
-        return DeviceFacts(_cpu_name(), platform.machine(), _host_memory("MemTotal"))
+        return DeviceFacts(_cpu_name(), platform.machine(), host_memory("MemTotal"))
     return joined(
         [DeviceFacts(f"{name.kind} device", name.architecture or name.kind.lower(), 0)] * len(name.devices)
     )
@@ -144,7 +144,8 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _host_memory(field: str) -> int:
+def host_memory(field: str) -> int:
+    """Bytes of the kernel's field of that name (/proc/meminfo); 0 where it has none."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -153,7 +154,7 @@ def _host_memory(field: str) -> int:
 
 def memory_available(name: DeviceName) -> int:
     """What the host could give a CPU device now; 0 for others, whose own memory counts."""
-    return _host_memory("MemAvailable") if name.kind == "CPU" else 0
+    return host_memory("MemAvailable") if name.kind == "CPU" else 0
 
 
 # ---------------------------------------------------------------- AMD, through the kernel driver

@@ -7,8 +7,11 @@ difference of any number that is allowed. The cases' shapes and types are those 
 
 from __future__ import annotations
 
+import errno
 import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,15 +21,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, TinyJit
+from tinygrad.device import CompileError
+from tinygrad.engine.jit import JitError
 
 from engine.errors import LoadError
 from engine.files.gguf import bad_file
+from engine.onnx.growth import SPARE_BYTES, Growth
 from engine.protocol import OUTPUT_BYTES_MAX
 
 MODEL, TEST = "model.onnx", "test.npz"
 MODEL_BYTES_MAX = 4 << 30
 TEST_BYTES_MAX = 64 * 1024 * 1024  # unpacked
 TEST_ARRAYS_MAX = 1_024
+OVER_GUESS = 4  # how many times what was guessed a model may take
 CASES_MIN = 2  # one would not tell whether a second run gives the first one's answer
 DTYPES = (
     *("float32", "float64", "float16", "bool", "int8", "int16", "int32", "int64"),
@@ -39,7 +46,12 @@ Arrays = Mapping[str, Array]
 # What the parser and the operators raise for a model that is broken or that they cannot compute.
 _FAULTS = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, NameError, RuntimeError),
-    *(TypeError, ValueError, struct.error),
+    *(TypeError, ValueError, struct.error, CompileError, JitError),
+)
+# What zipfile and numpy raise for an archive or an array's header that is none.
+_NO_NPZ = (
+    *(ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, SyntaxError),
+    *(tokenize.TokenError, zipfile.BadZipFile, zlib.error),
 )
 
 
@@ -89,8 +101,11 @@ def _read_test(path: Path) -> tuple[list[Case], float]:
             found = {name: arrays[name] for name in arrays.files}
     except OSError as error:
         raise bad_file(path, error.strerror or str(error)) from None
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except _NO_NPZ as error:
         raise bad_file(path, f"it is no npz file ({error})") from None
+    others = [name for name, array in found.items() if not isinstance(array, np.ndarray)]
+    if others:  # numpy gives a member that is no array as its bytes
+        raise bad_file(path, f"{others[0][:80]!r} in it is no array")
     tolerance = found.pop("tolerance", np.float64(-1))
     if tolerance.shape != () or tolerance.dtype.kind != "f" or not 0 <= float(tolerance) < np.inf:
         raise bad_file(path, "its tolerance is no number")
@@ -141,6 +156,7 @@ class OnnxModel:
         from tinygrad.nn.onnx import OnnxRunner  # its import makes tensors: only once the device is chosen
 
         self._files, self.slots = files, slots
+        self._growth = Growth(OVER_GUESS * files.memory_needed() + SPARE_BYTES)
         self.inputs = _forms(files.cases[0].inputs)
         # by its bytes and not its path: a model may name other files of the host as its weights
         runner: Any = self._tried(
@@ -193,12 +209,21 @@ class OnnxModel:
         self._buffers.clear()
 
     def _tried(self, action: Callable[[], Any]) -> Any:
+        path = self._files.path / MODEL
         try:
-            return action()
+            with self._growth.bounded():
+                return action()
         except _FAULTS as error:
             self._step = None
             what = f"tinygrad cannot compute it ({type(error).__name__}: {str(error)[:300]})"
-            raise LoadError("unsupported_architecture", f"{self._files.path / MODEL}: {what}") from None
+            raise LoadError("unsupported_architecture", f"{path}: {what}") from None
+        except (MemoryError, OSError) as error:
+            if isinstance(error, OSError) and error.errno != errno.ENOMEM:
+                raise
+            self._step = None
+            text = f"{path} wants more memory than the {self._growth.most} bytes that a model of its size may take"
+            said = f" ({error})" if str(error) else ""
+            raise LoadError("out_of_memory", text + said) from None
 
 
 def difference(found: Array, right: Array) -> float:

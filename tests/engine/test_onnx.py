@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import os
+import resource
 import shutil
 import zipfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 
 from engine.errors import LoadError, RunError
 from engine.onnx.batcher import TensorBatcher, inputs_of
+from engine.onnx.growth import SPARE_BYTES
 from engine.onnx.model import MODEL, TEST, OnnxFiles, difference
 from engine.protocol import (
     OUTPUT_BYTES_MAX,
@@ -28,8 +30,10 @@ from engine.protocol import (
     Unloaded,
     Unusable,
 )
+from tests.engine import small_onnx
 from tests.engine.conftest import CACHE, DEVICE
 from tests.engine.harness import REPOSITORY, EngineProcess
+from tests.engine.memory import Watched
 
 FIXTURE = REPOSITORY / "tests" / "engine" / "families" / "onnx"
 FORMS = {"tokens": ((3, 6), "int64"), "extra": ((3, 4), "float32")}
@@ -140,6 +144,44 @@ def test_weights_in_other_files_are_never_read(engine: EngineProcess, folder: Pa
     failed = load(engine, folder, "leak")
     assert failed.code == "unsupported_architecture"
     assert "external_data" in failed.message
+
+
+ONES = small_onnx.tensor("one", np.ones(1, dtype=np.uint8))
+# What is asked for -> operators that make of "shape" and the input "x" what "y" is
+HOSTILE: dict[str, tuple[tuple[int, ...], list[bytes]]] = {
+    "a buffer": ((10**6, 10**6, 2), [small_onnx.node("Expand", ["x", "shape"], ["y"])]),
+    "a buffer that this host has": ((10**9, 2), [small_onnx.node("Expand", ["x", "shape"], ["y"])]),
+    "a list": (
+        (5 * 10**8,),
+        [
+            small_onnx.node("ConstantOfShape", ["shape"], ["many"], value=ONES),
+            small_onnx.node("Reshape", ["x", "many"], ["y"]),
+        ],
+    ),
+}
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("what", HOSTILE)
+def test_operators_that_ask_for_all_memory_are_refused(
+    engine: EngineProcess, folder: Path, what: str
+) -> None:
+    shape, nodes = HOSTILE[what]
+    sizes = {"shape": np.array(shape, dtype=np.int64)}
+    form = [small_onnx.value(name, "float32", 2) for name in "xy"]
+    (folder / MODEL).write_bytes(small_onnx.model(nodes, form[:1], form[1:], **sizes))
+    arrays = {
+        f"{case}.{kind}": np.full(2, case, np.float32) for case in (0, 1) for kind in ("input.x", "output.y")
+    }
+    save(folder, tolerance=np.float64(0.0), **arrays)
+    with Watched(engine.process.pid) as memory:
+        failed = load(engine, folder, "greedy")
+    assert (failed.code, "more memory than" in failed.message) == ("out_of_memory", True), failed
+    assert memory.peak_own < memory.before.own + SPARE_BYTES + (64 << 20)
+    assert resource.prlimit(engine.process.pid, resource.RLIMIT_DATA) == resource.getrlimit(
+        resource.RLIMIT_DATA
+    )
+    assert isinstance(load(engine, FIXTURE, f"after {what}"), Loaded), "the engine goes on"
 
 
 @pytest.mark.process
