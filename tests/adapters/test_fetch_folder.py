@@ -158,6 +158,11 @@ async def test_a_folder_of_this_host_is_verified_in_place(tmp_path: Path) -> Non
     with pytest.raises(FetchError, match=r"chat_template\.jinja") as caught:
         await it.fetch(model, nothing)
     assert caught.value.code == "bad_source"
+    (folder / "chat_template.jinja").unlink()
+    assert await it.fetch(model, nothing) == str(folder)
+    (folder / "chat_template.jinja").write_text("{{ 1 }}")  # after all was verified
+    assert it.local(model) is None
+    assert (await refused(it, model)).code == "bad_source"
     assert (await refused(it, folder_of(f"file:{tmp_path}/none"))).code == "not_found"
 
 
