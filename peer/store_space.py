@@ -12,7 +12,7 @@ from typing import Final, Protocol
 import structlog
 
 from peer.decide import space
-from peer.errors import BitinglipError, Conflict, NotFound, Unavailable
+from peer.errors import Ambiguous, BitinglipError, Conflict, NotFound, Unavailable
 from peer.leader import Leader
 from peer.ports import Clock, Compare, Put, Store, StoreUpkeep, Voting
 from peer.state.command import TransferLeadership
@@ -126,13 +126,18 @@ class SpaceKeeper:
         """While no other member is defragmented, by the leave of most voters. Raises Unavailable where one is."""
         begun = self._clock.now()
         lease = await store.grant(TURN_S)
+        is_over = True
         try:
             mine = [Put(TURN_KEY, b"", lease.lease_id)]
             if not (await store.txn([Compare(TURN_KEY, "create_revision", 0)], mine)).succeeded:
                 raise Unavailable("another member is being defragmented")
             yield lambda: self._clock.now() - begun < _BEGIN_S_MAX
+        except Ambiguous:  # the member may be at it yet: the turn ends with its lease
+            is_over = False
+            raise
         finally:
-            await store.revoke(lease.lease_id)
+            if is_over:
+                await store.revoke(lease.lease_id)
 
     def _say(self, text: str) -> None:
         if text != self._said:

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
-from peer.errors import Unavailable
+from peer import store_space
+from peer.adapters.clock import SystemClock
+from peer.adapters.sqlite_store import SqliteStore
+from peer.errors import Ambiguous, BitinglipError, NotFound, Unavailable
 from peer.state.command import GetStatus
 from simulations.scenario import Scenario
 from simulations.world.electorate import BOUNDS
@@ -130,3 +136,23 @@ def test_a_full_learner_learns_anew() -> None:
         assert member_of(fleet, learner) != before
 
     run_world(main, 5)
+
+
+@pytest.mark.parametrize("error", [None, NotFound("no"), Ambiguous("not answered in time")])
+async def test_a_turn_ends_at_once_unless_the_member_may_be_at_it_yet(
+    tmp_path: Path, error: BitinglipError | None
+) -> None:
+    class Upkeep:
+        async def defragment(self) -> None:
+            if error is not None:
+                raise error
+
+    async with trio.open_nursery() as nursery:
+        store = await SqliteStore.open(tmp_path / "s.db", nursery, clock=SystemClock())
+        nothing: Any = None
+        keeper = store_space.SpaceKeeper(nothing, nothing, SystemClock(), nothing)
+        upkeep: Any = Upkeep()
+        with pytest.raises(type(error)) if error is not None else nullcontext():
+            await keeper._alone(upkeep, store)
+        assert bool(await store.get([store_space.TURN_KEY])) == isinstance(error, Ambiguous)
+        nursery.cancel_scope.cancel()
