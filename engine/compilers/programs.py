@@ -9,6 +9,8 @@ host may use.
 from __future__ import annotations
 
 import hashlib
+import sqlite3
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,7 @@ from tinygrad.engine import realize
 from tinygrad.helpers import (
     ALLOW_TF32,
     BEAM,
+    CACHELEVEL,
     CPU_COUNT,
     DISABLE_FAST_IDIV,
     EMULATED_DTYPES,
@@ -25,11 +28,15 @@ from tinygrad.helpers import (
     NOOPT,
     TRANSCENDENTAL,
     USE_TC,
+    VERSION,
+    db_connection,
     diskcache_get,
     diskcache_put,
 )
 from tinygrad.renderer import Estimates
 from tinygrad.uop.ops import Ops, UOp
+
+from engine.compilers import pruning
 
 TABLE = "bitinglip_programs"
 _SETTINGS = (
@@ -75,9 +82,17 @@ def stored_program(ast: UOp, renderer: Any) -> UOp:
         if program is None:
             _compiled += 1
             program = _without_source_graph(to_program(ast, renderer), renderer)
-            diskcache_put(TABLE, key, program)
+            _keep(key, program)
         _programs[key] = program
     return program
+
+
+def _keep(key: str, program: UOp) -> None:
+    if CACHELEVEL < 1:
+        return
+    diskcache_put(TABLE, key, program)
+    with suppress(sqlite3.OperationalError):  # others write for too long: the next kernel makes room
+        pruning.prune(db_connection(), f"{TABLE}_{VERSION}", _made_for, pruning.BYTES_MAX)
 
 
 def _key(ast: UOp, renderer: Any) -> str:
