@@ -24,19 +24,22 @@ from engine.kernels.transformer import (
 
 
 def choose(scores: Tensor, used: int) -> tuple[Tensor, Tensor]:
-    """scores [R, X] -> the `used` best experts [R, K], best first, and the softmax over their scores [R, K]."""
+    """scores [R, X] -> the `used` best experts [R, K], best first, and the softmax over their scores [R, K].
+
+    A score that is not a number is among the best, so that the shares of several are none either, and show it.
+    """
     rows, experts = scores.shape
     opts = as_written(scores)
 
     def ranks(out: UOp, scores: UOp) -> UOp:
         r, e = UOp.range(rows, 0), UOp.range(experts, 1)
         n = UOp.range(experts, 2, axis_type=AxisType.REDUCE)
-        mine, other = scores[r, e], scores[r, n]
+        mine, other = (_ordered(scores[r, at]) for at in (e, n))
         one, zero = UOp.const(dtypes.int32, 1), UOp.const(dtypes.int32, 0)
         earlier = (n < e).where(one, zero)  # of equals the first
         ahead = (mine < other).where(one, (other < mine).where(zero, earlier))
         info = KernelInfo(name=f"ranks_{rows}_{experts}", opts_to_apply=opts)
-        return out[r, e].store(summed(ahead, n)).end(r, e).sink(arg=info)
+        return out[r, e].store(_total(ahead, n)).end(r, e).sink(arg=info)
 
     def chosen(out: UOp, ranks: UOp) -> UOp:
         r, k = UOp.range(rows, 0), UOp.range(used, 1)
@@ -44,7 +47,7 @@ def choose(scores: Tensor, used: int) -> tuple[Tensor, Tensor]:
         zero = UOp.const(dtypes.int32, 0)
         value = ranks[r, e].ne(k.cast(dtypes.int32)).where(zero, e.cast(dtypes.int32))
         info = KernelInfo(name=f"chosen_{rows}_{experts}_{used}", opts_to_apply=opts)
-        return out[r, k].store(summed(value, e)).end(r, k).sink(arg=info)
+        return out[r, k].store(_total(value, e)).end(r, k).sink(arg=info)
 
     def shares(out: UOp, scores: UOp, chosen: UOp) -> UOp:
         r, k = UOp.range(rows, 0), UOp.range(used, 1)
@@ -53,7 +56,7 @@ def choose(scores: Tensor, used: int) -> tuple[Tensor, Tensor]:
             scores[r, held(chosen[r, at], experts)] for at in (UOp.const(dtypes.weakint, 0), k, n)
         )
         value = ((mine - best) * LOG2_E).alu(Ops.EXP2)
-        total = summed(((other - best) * LOG2_E).alu(Ops.EXP2), n)
+        total = _total(((other - best) * LOG2_E).alu(Ops.EXP2), n)
         info = KernelInfo(name=f"shares_{rows}_{experts}_{used}", opts_to_apply=opts)
         return out[r, k].store(value / total).end(r, k).sink(arg=info)
 
@@ -63,6 +66,16 @@ def choose(scores: Tensor, used: int) -> tuple[Tensor, Tensor]:
     order = call(ranks, empty(experts, dtypes.int32), scores)
     best = call(chosen, empty(used, dtypes.int32), order)
     return best, call(shares, empty(used, dtypes.float32), scores, best)
+
+
+def _ordered(score: UOp) -> UOp:
+    """NaN as infinity: comparisons with it would be no order, and no ranks."""
+    return score.ne(score).where(UOp.const(dtypes.float32, float("inf")), score)
+
+
+def _total(value: UOp, over: UOp) -> UOp:
+    """`summed`. Of a loop of one, which tinygrad drops, it could not sum what does not depend on it."""
+    return summed(value, over) if over.vmax else value.substitute({over: UOp.const(dtypes.weakint, 0)})
 
 
 def expand(x: Normed, gate: Matrix, up: Matrix, chosen: Tensor, count: int, threads: int = 1) -> Tensor:

@@ -153,6 +153,24 @@ def mixtures(_: Path) -> None:
             alone = one, two
 
 
+def choices(_: Path) -> None:
+    """The best experts and their shares, also of one; a score that is no number is chosen and shows in the shares."""
+    for count, used in ((1, 1), (5, 1), (5, 3), (4, 4)):
+        scores = floats(6, count)
+        scores[0] = 1.0  # of equals the first
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :used]
+        powers = np.exp(np.take_along_axis(scores, best, 1))
+        chosen, shares = (each.numpy() for each in experts.choose(upload(scores), used))
+        np.testing.assert_array_equal(chosen, best)
+        np.testing.assert_allclose(shares, powers / powers.sum(1, keepdims=True), rtol=1e-5)
+    for at in range(3):
+        scores = np.array([[1, 3, 2]], dtype=np.float32)
+        scores[0, at] = np.nan
+        chosen, shares = (each.numpy() for each in experts.choose(upload(scores), 2))
+        assert chosen[0, 0] == at
+        assert np.isnan(shares).all()
+
+
 def packed(kind: int, outputs: int, inputs: int) -> tuple[Matrix, np.ndarray]:
     """A matrix of random blocks, and its values."""
     _, elements, size = gguf.TYPES[kind]
@@ -252,6 +270,6 @@ def wrong(_: Path) -> None:
 
 if __name__ == "__main__":
     open_suites()
-    {check.__name__: check for check in (decoders, mixtures, recorded, stored, wrong)}[sys.argv[1]](
+    {check.__name__: check for check in (decoders, mixtures, choices, recorded, stored, wrong)}[sys.argv[1]](
         Path(sys.argv[2])
     )
