@@ -65,6 +65,10 @@ def _of_folder(folder: Folder) -> TextEncoder:
         found = folder_tokenizer.parse(path, text)
     else:  # the others' reader knows what it can and cannot read
         found = folder_tokenizer.from_text(folder, text).tokenizer
+    if (
+        kind == "WordPiece" and found.token_to_id(found.model.unk_token) is None
+    ):  # an unknown word would raise
+        raise bad_file(path, f"it has no token {found.model.unk_token[:40]!r} for what it does not know")
     found.no_truncation()
     found.no_padding()
     plain: list[int] = found.encode(_PROBE, add_special_tokens=False).ids
@@ -97,15 +101,15 @@ def _of_gguf(gguf: Gguf) -> TextEncoder:
 def _word_piece(gguf: Gguf) -> TextEncoder:
     names = tokenizer.token_names(gguf)
     kinds = tokenizer.token_kinds(gguf, len(names))
+    unknown = _special(gguf, names, "unknown", "[UNK]")
     vocabulary: dict[str, int] = {}
     for token, (name, kind) in enumerate(zip(names, kinds, strict=True)):
-        if kind != tokenizer.CONTROL:
+        if kind != tokenizer.CONTROL and token != unknown:
             name = name.removeprefix(_START) if name.startswith(_START) else "##" + name
         vocabulary.setdefault(name, token)
-    unknown = names[_special(gguf, names, "unknown", "[UNK]")]
     model: Any = models.WordPiece(
         vocab=vocabulary,
-        unk_token=unknown,
+        unk_token=names[unknown],
         continuing_subword_prefix="##",
         max_input_chars_per_word=_WORD_CHARS_MAX,
     )

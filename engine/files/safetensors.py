@@ -69,7 +69,11 @@ class Folder:
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number. Raises LoadError when it is absent (or null) without a default or is none."""
-        return float(self._value(key, (int, float), default))
+        value = self._value(key, (int, float), default)
+        try:
+            return float(value)
+        except OverflowError:  # an integer of any length
+            raise bad_file(self.path, f"{key} in config.json is {str(value)[:40]!r}") from None
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false. Raises LoadError when it is something else."""

@@ -188,7 +188,7 @@ class Weights:
 
     def block(self, name: str) -> int:
         """Where a matrix that stays quantised can be cut along its inputs; cut elsewhere it becomes float16."""
-        packed = self.matrices == MATRIX and self._tensors[self._spelled(name)].kind in LAYOUTS
+        packed = self.matrices == MATRIX and self._info(name).kind in LAYOUTS
         return CUT if packed else 1
 
     def vector(self, name: str, *shape: int) -> Tensor:
@@ -280,14 +280,18 @@ class Weights:
         return raw
 
     def _take(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        info = self._info(name)
+        self._left.discard(info.name)
+        if info.shape != shape:
+            text = f"{self._path}: tensor {info.name!r} has shape {info.shape} and should have {shape}"
+            raise LoadError("bad_model_file", text)
+        return info
+
+    def _info(self, name: str) -> TensorInfo:
         name = self._spelled(name)
         info = self._tensors.get(name)
         if info is None:
             raise LoadError("bad_model_file", f"{self._path} has no tensor {name!r}")
-        self._left.discard(name)
-        if info.shape != shape:
-            text = f"{self._path}: tensor {name!r} has shape {info.shape} and should have {shape}"
-            raise LoadError("bad_model_file", text)
         return info
 
 

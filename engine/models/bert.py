@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.files.gguf import Gguf, bad_file
 from engine.files.safetensors import Folder
 from engine.models.encoder import EncoderConfig
-from engine.models.reading import BLOCKS_MAX, activation, refused
+from engine.models.reading import BLOCKS_MAX, SIZE_MAX, activation, refused, vocabulary_size
 
 ARCHITECTURE = "bert"
 MODEL_TYPE = "bert"
@@ -50,7 +50,7 @@ def from_gguf(gguf: Gguf, context: int) -> EncoderConfig:
         embedding=gguf.integer("bert.embedding_length"),
         feed_forward=gguf.integer("bert.feed_forward_length"),
         heads=gguf.integer("bert.attention.head_count"),
-        vocabulary=len(gguf.metadata.get("tokenizer.ggml.tokens", [])),
+        vocabulary=vocabulary_size(gguf),
         types=gguf.integer("tokenizer.ggml.token_type_count", 2),
         epsilon=gguf.number("bert.attention.layer_norm_epsilon"),
         context_max=gguf.integer("bert.context_length"),
@@ -85,7 +85,7 @@ def from_folder(folder: Folder, context: int) -> EncoderConfig:
 def _checked(checkpoint: Gguf | Folder, config: EncoderConfig) -> EncoderConfig:
     c = config
     sizes = (c.blocks, c.embedding, c.feed_forward, c.heads, c.vocabulary, c.types, c.context_max)
-    odd = min(sizes) < 1 or max(sizes) > 1 << 30 or not 0 <= c.epsilon < 1 or c.blocks > BLOCKS_MAX
+    odd = min(sizes) < 1 or max(sizes) > SIZE_MAX or not 0 <= c.epsilon < 1 or c.blocks > BLOCKS_MAX
     if odd or c.embedding % (2 * c.heads):
         raise bad_file(checkpoint.path, f"its sizes make no sense: {config}")
     return config

@@ -36,10 +36,10 @@ def from_gguf(gguf: Gguf, context: int) -> DecoderConfig:
     config = _common(reading.from_gguf(gguf, ARCHITECTURE, Rotation(halves=True)))
     if gguf.number("gemma3.final_logit_softcapping", 0.0):
         raise reading.refused(gguf.path, "soft-caps its logits")
-    window = gguf.integer("gemma3.attention.sliding_window", 0)
+    window = reading.seen(gguf.path, gguf.integer("gemma3.attention.sliding_window", 0))
     pattern = gguf.integer("gemma3.attention.sliding_window_pattern", PATTERN)
-    if window < 0 or pattern < 1:
-        raise bad_file(gguf.path, f"it has a window of {window} in a pattern of {pattern}")
+    if pattern < 1:
+        raise bad_file(gguf.path, f"it has windows in a pattern of {pattern}")
     local = Rope(reading.positive(gguf.path, gguf.number("gemma3.rope.freq_base_swa", LOCAL_BASE)))
     if config.blocks == BLOCKS_27B:
         config = replace(config, query_scale=(config.embedding // config.heads) ** -0.5)
@@ -91,6 +91,7 @@ def _with_defaults(folder: Folder) -> Folder:
         "head_dim": 256,
         "rms_norm_eps": 1e-6,
         "max_position_embeddings": 131_072,
+        "sliding_window": 4096,
     }
     present = {key: value for key, value in folder.config.items() if value is not None}
     return replace(folder, config=defaults | present | {"rope_parameters": None, "rope_scaling": None})

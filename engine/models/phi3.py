@@ -33,14 +33,12 @@ def spelled(name: str) -> str:
 def from_gguf(gguf: Gguf, context: int) -> DecoderConfig:
     """Raises LoadError `bad_model_file` or `unsupported_architecture`."""
     config = replace(reading.from_gguf(gguf, ARCHITECTURE, Rotation(halves=True)), qkv_fused=True)
-    window = gguf.integer("phi3.attention.sliding_window", 0)
-    if window < 0:
-        raise bad_file(gguf.path, f"it has a window of {window}")
+    window = reading.seen(gguf.path, gguf.integer("phi3.attention.sliding_window", 0))
     config = replace(config, layers=(Layer(window=window),) * config.blocks)
     if not {LONG, SHORT} <= gguf.tensors.keys():
         return config
     original = gguf.integer("phi3.rope.scaling.original_context_length")
-    factors = gguf.floats(LONG if context > original else SHORT)
+    factors = gguf.floats(LONG if min(context, config.context_max) > original else SHORT)
     config = replace(config, consumed=frozenset({LONG, SHORT}))
     magnitude = gguf.number("phi3.rope.scaling.attn_factor", 1.0)
     return _long_rope(gguf.path, config, factors, magnitude)
@@ -59,15 +57,18 @@ def from_folder(folder: Folder, context: int) -> DecoderConfig:
     original = folder.integer(
         "original_max_position_embeddings", numbers.get("original_max_position_embeddings")
     )
-    factors = numbers.get("long_factor" if context > original else "short_factor")
+    longer = min(context, config.context_max) > original
+    factors = numbers.get("long_factor" if longer else "short_factor")
     if not isinstance(factors, list) or original < 2:
         raise bad_file(folder.path, "config.json lacks its rotary factors")
     scale = max(1.0, config.context_max / original)
-    magnitude = math.sqrt(1 + math.log(scale) / math.log(original))
+    magnitude = numbers.get("attention_factor")
+    if magnitude is None:
+        magnitude = math.sqrt(1 + math.log(scale) / math.log(original))
     return _long_rope(folder.path, config, factors, magnitude)
 
 
-def _long_rope(path: Path, config: DecoderConfig, factors: Any, magnitude: float) -> DecoderConfig:
+def _long_rope(path: Path, config: DecoderConfig, factors: Any, magnitude: object) -> DecoderConfig:
     rotated = config.rotation.rotated or config.width
     if len(factors) != rotated // 2:
         raise bad_file(path, f"it has {len(factors)} rotary factors instead of {rotated // 2}")

@@ -19,6 +19,9 @@ from engine.kernels.transformer import Rotation
 from engine.models.decoder import DecoderConfig, Layer, Rope
 
 BLOCKS_MAX = 512
+SIZE_MAX = 1 << 30  # of anything a configuration counts
+WIDTH_MAX = 1 << 16  # of one head
+PARAMETER_MAX = 1e30  # of a rotary base or factor, and 1 over the smallest: their products are numbers, too
 
 # GGUF's name -> Hugging Face's, of what most families share; within a block and outside of one
 BLOCK_NAMES = {
@@ -73,7 +76,7 @@ def from_gguf(gguf: Gguf, architecture: str, rotation: Rotation) -> DecoderConfi
         heads=heads,
         groups=gguf.integer(f"{a}.attention.head_count_kv", heads),
         width=width,
-        vocabulary=len(gguf.metadata.get("tokenizer.ggml.tokens", [])),
+        vocabulary=vocabulary_size(gguf),
         epsilon=gguf.number(f"{a}.attention.layer_norm_rms_epsilon"),
         context_max=gguf.integer(f"{a}.context_length"),
         rotation=rotation,
@@ -84,8 +87,16 @@ def from_gguf(gguf: Gguf, architecture: str, rotation: Rotation) -> DecoderConfi
     return checked(gguf.path, partly_rotated(gguf.path, config, rotated))
 
 
+def vocabulary_size(gguf: Gguf) -> int:
+    """How many tokens the file has. Raises LoadError."""
+    tokens = gguf.metadata.get("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list):
+        raise bad_file(gguf.path, "its tokens are no list")
+    return len(tokens)
+
+
 def _gguf_rope(gguf: Gguf, a: str) -> Rope:
-    base = gguf.number(f"{a}.rope.freq_base", 10_000.0)
+    base = positive(gguf.path, gguf.number(f"{a}.rope.freq_base", 10_000.0))
     kind = gguf.text(f"{a}.rope.scaling.type", "none")
     if kind == "linear":
         return Rope(base, divisors=(positive(gguf.path, gguf.number(f"{a}.rope.scaling.factor")),))
@@ -146,7 +157,7 @@ def _folder_layers(folder: Folder, blocks: int) -> tuple[Layer, ...]:
     """Windows: every layer's, or those that `layer_types` names."""
     window = folder.integer("sliding_window", 0) if folder.flag("use_sliding_window", True) else 0
     kinds = folder.config.get("layer_types")
-    if not window:
+    if not seen(folder.path, window):
         return (Layer(),) * blocks
     if (
         kinds is None and "max_window_layers" in folder.config
@@ -182,9 +193,10 @@ def _llama3_divisors(folder: Folder, theta: float, numbers: Mapping[str, Any]) -
     """Long waves are divided by the factor, short ones not, and between them smoothly. As Llama 3.1 has it."""
     keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     factor, low, high, original = (positive(folder.path, numbers.get(key)) for key in keys)
-    if high <= low:
+    heads = folder.integer("num_attention_heads")
+    width = folder.integer("head_dim", folder.integer("hidden_size") // max(heads, 1))
+    if high <= low or width > WIDTH_MAX:
         raise bad_file(folder.path, "its rotary factors make no sense")
-    width = folder.integer("head_dim", folder.integer("hidden_size") // folder.integer("num_attention_heads"))
     divisors = []
     for j in range(width // 2):
         turns = original * theta ** (-2 * j / width) / (2 * math.pi)  # within the original context
@@ -215,18 +227,26 @@ def mixture(
 
 
 def positive(path: Path | str, value: object) -> float:
-    """Raises LoadError unless it is a finite number over 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise bad_file(path, f"a rotary parameter is {value!r}")
-    return float(value)
+    """Raises LoadError unless it is a number over 0, not so small or large that nothing can be computed with it."""
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else 0
+    if not 1 / PARAMETER_MAX <= number <= PARAMETER_MAX:
+        raise bad_file(path, f"a rotary parameter is {str(value)[:40]}")
+    return float(number)
+
+
+def seen(path: Path | str, window: int) -> int:
+    """A window's positions, 0 for all. Raises LoadError unless it can be one."""
+    if not 0 <= window <= SIZE_MAX:
+        raise bad_file(path, f"it has a window of {str(window)[:40]}")
+    return window
 
 
 def checked(path: Path | str, config: DecoderConfig) -> DecoderConfig:
     """Raises LoadError when the sizes make no sense."""
     c = config
     sizes = (c.blocks, c.embedding, c.feed_forward, c.heads, c.groups, c.vocabulary, c.context_max)
-    odd = c.width < 2 or c.width % 2 or not 0 <= c.epsilon < 1
-    if min(sizes) < 1 or max(sizes) > 1 << 30 or odd or c.heads % c.groups:
+    odd = not 2 <= c.width <= WIDTH_MAX or c.width % 2 or not 0 <= c.epsilon < 1
+    if min(sizes) < 1 or max(sizes) > SIZE_MAX or odd or c.heads % c.groups:
         raise bad_file(path, f"its sizes make no sense: {config}")
     return config
 

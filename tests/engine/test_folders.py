@@ -89,17 +89,13 @@ def test_the_engine_lives_through_bad_folders(engine: EngineProcess, tmp_path: P
     assert isinstance(failed, LoadFailed)
     assert failed.code == "bad_model_file"
     assert "model.safetensors" in failed.message
-    other = copy(tmp_path, "mistral")
-
-    def rename(header: dict[str, Any]) -> None:
-        header["model.layers.1.self_attn.z_proj.weight"] = header.pop(
-            "model.layers.1.self_attn.q_proj.weight"
-        )
-
-    rewrite(other, rename)
-    failed = loaded(engine, "missing", other, "mistral")
-    assert isinstance(failed, LoadFailed)
-    assert "no tensor 'model.layers.1.self_attn.q_proj.weight'" in failed.message
+    for part in ("self_attn.q_proj", "mlp.down_proj"):  # as it is loaded, and before anything is
+        name = f"model.layers.1.{part}.weight"
+        other = copy(tmp_path / part, "mistral")
+        rewrite(other, lambda h, name=name: h.update({name.replace("proj", "prox"): h.pop(name)}))
+        failed = loaded(engine, "missing", other, "mistral")
+        assert isinstance(failed, LoadFailed)
+        assert f"no tensor {name!r}" in failed.message
     other = copy(tmp_path / "b", "mistral")
     rewrite(
         other, lambda h: h.update(extra={"dtype": "F32", "shape": [1], "data_offsets": end_of(h)}), bytes(4)
