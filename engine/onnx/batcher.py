@@ -91,7 +91,11 @@ def inputs_of(
 
 
 def _array(name: str, given: Any, shape: tuple[int, ...], dtype: str) -> npt.NDArray[Any]:
-    if not isinstance(given, dict) or given.get("dtype") != dtype or tuple(given.get("shape") or ()) != shape:
+    if (
+        not isinstance(given, dict)
+        or given.get("dtype") != dtype
+        or (given.get("shape") or []) != list(shape)
+    ):
         raise RunError("bad_parameters", f"input {name} must have dtype {dtype} and shape {list(shape)}")
     data, kind = given.get("data"), np.dtype(dtype).newbyteorder("<")
     try:

@@ -185,6 +185,19 @@ def test_operators_that_ask_for_all_memory_are_refused(
 
 
 @pytest.mark.process
+def test_a_model_that_computes_nothing_is_refused(engine: EngineProcess, folder: Path) -> None:
+    form = [small_onnx.value(name, "float32", 2) for name in "xy"]
+    same = small_onnx.node("Identity", ["x"], ["y"])
+    (folder / MODEL).write_bytes(small_onnx.model([same], form[:1], form[1:]))
+    arrays = {
+        f"{case}.{kind}": np.full(2, case, np.float32) for case in (0, 1) for kind in ("input.x", "output.y")
+    }
+    save(folder, tolerance=np.float64(0.0), **arrays)
+    assert load(engine, folder, "same").code == "unsupported_architecture"
+    assert isinstance(load(engine, FIXTURE, "after same"), Loaded), "the engine goes on"
+
+
+@pytest.mark.process
 def test_other_families_compute_no_tensors(engine: EngineProcess) -> None:
     assert load(engine, FIXTURE, "llama", "llama").code == "unsupported_architecture"
 
@@ -258,6 +271,22 @@ def test_files_that_are_none(folder: Path) -> None:
     np.savez(folder / TEST, **{"0.input.x": np.array([{}], dtype=object)})
     with pytest.raises(LoadError, match="no npz file"):
         OnnxFiles.read(str(folder))
+    for member, text in (
+        ("README", b"no array"),
+        ("tolerance", b"1e-5"),
+        ("0.input.x.npy", b"\x93NUMPY\x01\x00\x0b\x00{'descr': ("),
+        ("0.input.x.npy", b"\x93NUMPY\x01\x00\x07\x00  1\n 2\n"),
+    ):
+        with zipfile.ZipFile(folder / TEST, "w") as archive:
+            archive.writestr(member, text)
+        with pytest.raises(LoadError, match=r"is no array|no npz file"):
+            OnnxFiles.read(str(folder))
+    np.savez_compressed(folder / TEST, **{"0.input.x": np.arange(1000)})
+    data = bytearray((folder / TEST).read_bytes())
+    data[50:150] = bytes(byte ^ 0xFF for byte in data[50:150])  # within what is packed
+    (folder / TEST).write_bytes(data)
+    with pytest.raises(LoadError, match="no npz file"):
+        OnnxFiles.read(str(folder))
     (folder / TEST).unlink()
     with pytest.raises(LoadError, match="No such file"):
         OnnxFiles.read(str(folder))
@@ -304,6 +333,8 @@ def test_arrays_come_as_numbers_or_bytes() -> None:
         ({"inputs": {"other": {}}}, "the model's inputs are extra"),
         (extra(dtype="float64"), "must have dtype int8 and shape"),
         (extra(dtype="int8", shape=[4]), "must have dtype int8 and shape"),
+        (extra(dtype="int8", shape=4), "must have dtype int8 and shape"),
+        (extra(dtype="int8", shape=True), "must have dtype int8 and shape"),
         (extra(dtype="int8"), "values that are no int8"),
         (extra(dtype="int8", data=[1, 2, 3]), "has 3 numbers, and its shape 4"),
         (extra(dtype="int8", data=[]), "has 0 numbers, and its shape 4"),
