@@ -293,6 +293,8 @@ def _show(task: dict[str, Any]) -> None:
         rows.append(
             ("vectors", f"{len(result['embeddings'])} of {result.get('dimensions')} numbers; see --json")
         )
+    elif "outputs" in result:
+        rows.append(("arrays", f"{', '.join(map(str, result['outputs']))}; see --json"))
     elif result:
         rows.append(("tokens", result.get("tokens_generated")))
     if result:

@@ -70,3 +70,12 @@ def test_a_failure(run: Run, stub: Stub) -> None:
 def test_tasks_tells_how_many_vectors_there_are(run: Run, stub: Stub) -> None:
     stub.replies["GET /tasks/task-1"] = (200, DONE)
     assert "2 of 2 numbers" in run("tasks", "task-1").out
+
+
+def test_tasks_names_the_arrays_of_a_tensor_task(run: Run, stub: Stub) -> None:
+    outputs = {name: {"dtype": "int8", "shape": [1], "data": [1]} for name in ("shares", "best")}
+    result = {"outputs": outputs, "processing_time": "0.1s"}
+    stub.replies["GET /tasks/task-1"] = (200, {**TASK, "result": result})
+    out = run("tasks", "task-1").out
+    assert "shares, best; see --json" in out
+    assert "tokens" not in out
