@@ -8,6 +8,7 @@ import numpy as np
 from tinygrad import Device, Tensor
 from tinygrad.uop.ops import KernelInfo, UOp
 
+from engine.kernels.cpu_attention import BLOCK
 from engine.kernels.recording import call, copied, recording
 from engine.kernels.transformer import as_written, held
 from engine.kernels.weights import fill, upload
@@ -27,7 +28,10 @@ class SlotCopy:
         self._graph = record.captured(last)
 
     def run(self, source: int, target: int, length: int) -> None:
-        """Positions 0 to `length` - 1 of slot `source` into slot `target`."""
+        """Positions 0 to `length` - 1 of slot `source`, and perhaps some after, into slot `target`."""
+        length = (
+            -(-length // BLOCK) * BLOCK
+        )  # keys may lie in blocks; nobody reads a position before it is written
         fill(self._pair, np.array([source, target], dtype=np.int32))
         self._graph([], {self._length.expr: length})
         for device in self._devices:  # the next `fill` would overtake it

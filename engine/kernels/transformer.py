@@ -223,6 +223,15 @@ class HeadNorm:
     weight: Tensor  # [D]
 
 
+def _by_vectors(cache: Tensor) -> bool:
+    """Whether `cpu_attention` reads the cache, whose keys then lie in its blocks."""
+    return in_vectors(cache) and cpu_attention.fits(cache)
+
+
+def _key_place(position: UOp, element: UOp, width: int, in_blocks: bool) -> tuple[UOp, UOp]:
+    return cpu_attention.key_place(position, element, width) if in_blocks else (position, element)
+
+
 def write_cache(
     cache: Tensor,
     qkv: Tensor,
@@ -235,13 +244,15 @@ def write_cache(
 ) -> Tensor:
     """Rotate the keys of `qkv` and store keys and values at their slot and position. Returns the cache.
 
-    cache [2, S, G, C, D]; qkv [R, (H + 2 G) D]; angles [2, R, D / 2] = cosines and sines; slots, positions [R].
+    cache [2, S, G, C, D], where keys may lie in blocks (`cpu_attention.key_place`); qkv [R, (H + 2 G) D]; angles
+    [2, R, D / 2] = cosines and sines; slots, positions [R].
     Costs the same at any context length.
     """
     _, _, groups, _, width = cache.shape
     rows = qkv.shape[0]
     half = width // 2
     opts = as_written(cache)
+    in_blocks = _by_vectors(cache)
 
     def kernel(cache: UOp, qkv: UOp, angles: UOp, slots: UOp, positions: UOp, *norms: UOp) -> UOp:
         r, g, j = UOp.range(rows, 0), UOp.range(groups, 1), UOp.range(half, 2)
@@ -253,9 +264,10 @@ def write_cache(
             inverse, weight = norms
             a, b = (x * inverse[r, heads + g] * weight[at] for x, at in ((a, first), (b, second)))
         cos, sin = angles[0, r, j], angles[1, r, j]
+        key, other = (_key_place(position, at, width, in_blocks) for at in (first, second))
         stores = [
-            cache[0, slot, g, position, first].store((a * cos - b * sin).cast(cache.dtype.base)),
-            cache[0, slot, g, position, second].store((b * cos + a * sin).cast(cache.dtype.base)),
+            cache[0, slot, g, *key].store((a * cos - b * sin).cast(cache.dtype.base)),
+            cache[0, slot, g, *other].store((b * cos + a * sin).cast(cache.dtype.base)),
             cache[1, slot, g, position, first].store(qkv[r, values + first].cast(cache.dtype.base)),
             cache[1, slot, g, position, second].store(qkv[r, values + second].cast(cache.dtype.base)),
         ]
@@ -335,7 +347,7 @@ def attention(
     max(positions) + 1: one graph serves every length. -> [R, H D].
     """
     rows, heads, width = queries.shape
-    if in_vectors(cache) and cpu_attention.fits(queries, cache):
+    if _by_vectors(cache):
         return cpu_attention.attention(queries, cache, slots, positions, length, window, threads)
     scores = _scores(queries, cache, slots, positions, length, window)
     weights = _exponentials(scores, length)

@@ -76,11 +76,12 @@ class Code:
         """The address `offset` bytes on."""
         return self(f"getelementptr i8, ptr {base}, i64 {offset}") if offset else base
 
-    def load(self, kind: str, address: str) -> str:
-        return self(f"load {kind}, ptr {address}, align 2")
+    def load(self, kind: str, address: str, kept: bool = False) -> str:
+        """`kept`: of what is to stay in memory, where LLVM would rather move registers about (see `store`)."""
+        return self(f"load {'volatile ' if kept else ''}{kind}, ptr {address}, align 2")
 
-    def store(self, kind: str, value: str, address: str) -> None:
-        self.do(f"store {kind} {value}, ptr {address}, align 2")
+    def store(self, kind: str, value: str, address: str, kept: bool = False) -> None:
+        self.do(f"store {'volatile ' if kept else ''}{kind} {value}, ptr {address}, align 2")
 
     def slot(self, kind: str, value: str) -> str:
         """A variable: LLVM keeps it in a register."""
@@ -125,6 +126,16 @@ class Code:
         yield index
         self.set("i64", self(f"add nuw nsw i64 {index}, 1"), at)
         self.do(f"br label %head{number}")
+        self._lines.append(f"done{number}:")
+
+    @contextmanager
+    def when(self, condition: str) -> Iterator[None]:
+        """Only if `condition` (i1)."""
+        number = next(self._numbers)
+        self.do(f"br i1 {condition}, label %body{number}, label %done{number}")
+        self._lines.append(f"body{number}:")
+        yield
+        self.do(f"br label %done{number}")
         self._lines.append(f"done{number}:")
 
     def share(self, total: int, threads: int) -> tuple[str, str]:
