@@ -94,10 +94,11 @@ class EtcdUpkeep:
         status = await self._client.status()
         if status.is_learner:
             return None
-        members = sorted((each.member_id, each.is_learner) for each in await self._client.members())
         alarms: tuple[tuple[int, str], ...] = ()
         if any(NO_SPACE in error for error in status.errors):  # the list costs an entry of the log
             alarms = await self._client.alarms()
+        # After that entry, as this list is the member's own: an old one would call a new voter a learner.
+        members = sorted((each.member_id, each.is_learner) for each in await self._client.members())
         return Space(
             member_id=status.header.member_id,
             file_bytes=status.db_bytes,

@@ -12,6 +12,8 @@ import trio
 
 from peer import store_space
 from peer.adapters.clock import SystemClock
+from peer.adapters.etcd_client import Header, Member, Status
+from peer.adapters.etcd_voting import EtcdUpkeep
 from peer.adapters.sqlite_store import SqliteStore
 from peer.errors import Ambiguous, BitinglipError, NotFound, Unavailable
 from peer.state.command import GetStatus
@@ -156,3 +158,25 @@ async def test_a_turn_ends_at_once_unless_the_member_may_be_at_it_yet(
             await keeper._alone(upkeep, store)
         assert bool(await store.get([store_space.TURN_KEY])) == isinstance(error, Ambiguous)
         nursery.cancel_scope.cancel()
+
+
+async def test_who_votes_is_read_after_the_alarms_which_only_a_member_that_is_up_to_date_tells() -> None:
+    class Client:
+        """Of a member that is behind until it is asked for what all have agreed on."""
+
+        learns = True
+
+        async def status(self) -> Status:
+            return Status(header=Header(member_id=1), leader=1, errors=("memberID:2 alarm:NOSPACE",))
+
+        async def alarms(self) -> tuple[tuple[int, str], ...]:
+            self.learns = False
+            return ((2, "NOSPACE"),)
+
+        async def members(self) -> tuple[Member, ...]:
+            return (Member(member_id=1), Member(member_id=2, is_learner=self.learns))
+
+    client: Any = Client()
+    found = await EtcdUpkeep(client, QUOTA).look()
+    assert found is not None
+    assert (found.alarmed, found.voters, found.learners) == ((2,), (1, 2), ())
