@@ -31,7 +31,7 @@ _REDIAL_S: Final = (0.05, 0.15)  # between two tries, drawn
 _STORE_LOOK_S: Final = 1.0
 _IDLE_S: Final = (0.2, 0.4)  # after all were asked
 _HINTS_MAX: Final = 3  # followed one after another; then all are asked: hints may be old, or go in circles
-_DOUBLED_MAX: Final = 5  # how often that pause doubles while all turn this host away
+_DOUBLED_MAX: Final = 5  # how often that pause doubles while all turn this host away, or its disk is full
 
 
 class _Outcome(Enum):
@@ -39,6 +39,7 @@ class _Outcome(Enum):
 
     IN_VAIN = "in vain"
     TURNED_AWAY = "turned away"
+    NOT_KEPT = "not kept"  # it leads, and this host's disk does not take its epoch
     FOLLOWED = "followed"
 
 
@@ -219,21 +220,23 @@ class Follower:
         """Until cancelled: keep a session with whoever leads, while `may_follow`."""
         hints, turned_away = 0, 0
         while True:
-            asked, refusals = 0, 0
+            asked, refusals, not_kept = 0, 0, False
             for peer_id in self._order() if may_follow() else ():
                 outcome = await self._try(peer_id)
                 asked, refusals = asked + 1, refusals + (outcome is _Outcome.TURNED_AWAY)
+                not_kept = not_kept or outcome is _Outcome.NOT_KEPT
                 if outcome is _Outcome.FOLLOWED:
                     hints = 0
                 await trio.sleep(self._entropy.uniform(*_REDIAL_S))
                 if not may_follow():
                     break
-                if self._hint and hints < _HINTS_MAX:
+                if self._hint and hints < _HINTS_MAX and not not_kept:
                     hints += 1
                     break
             else:
                 hints = 0
-                turned_away = turned_away + 1 if refusals and refusals == asked else 0
+                in_vain = not_kept or (refusals and refusals == asked)
+                turned_away = turned_away + 1 if in_vain else 0
                 pause_s = self._entropy.uniform(*_IDLE_S) * 2.0 ** min(turned_away, _DOUBLED_MAX)
                 await trio.sleep(pause_s)
 
@@ -277,15 +280,18 @@ class Follower:
             self._is_gone(peer_id, error.message)
             return _Outcome.IN_VAIN
         self._trust(peer_id)
-        if isinstance(answer, wire.Welcome) and self._accepts(answer):
-            await self._follow(Session(connection), answer)
-            return _Outcome.FOLLOWED
+        outcome = _Outcome.IN_VAIN
+        if isinstance(answer, wire.Welcome):
+            outcome = self._accept(answer)
+            if outcome is _Outcome.FOLLOWED:
+                await self._follow(Session(connection), answer)
+                return outcome
         await connection.aclose()
         if isinstance(answer, wire.Refused) and answer.leader:
             self.hint(answer.leader, answer.address)
-        return _Outcome.IN_VAIN
+        return outcome
 
-    def _accepts(self, welcome: wire.Welcome) -> bool:
+    def _accept(self, welcome: wire.Welcome) -> _Outcome:
         """Not if this peer has followed or obeyed a newer leader: that one does not know yet that it is none."""
         try:
             if welcome.epoch < self.epoch:
@@ -293,8 +299,8 @@ class Follower:
             self._executor.accept(welcome.epoch)
         except (Fenced, Unavailable) as error:
             log.warning("leader_refused", leader=welcome.peer_id, epoch=welcome.epoch, why=error.message)
-            return False
-        return True
+            return _Outcome.IN_VAIN if isinstance(error, Fenced) else _Outcome.NOT_KEPT
+        return _Outcome.FOLLOWED
 
     def _is_gone(self, peer_id: str, why: str) -> None:
         self._unreached = peer_id
