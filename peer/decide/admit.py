@@ -14,6 +14,8 @@ from peer.state.record import idempotency_key
 from peer.state.snapshot import Save, Snapshot
 from peer.state.task import Happening, Idempotency, Status, Task, TaskInput, step
 
+QUOTA_PART = 4  # of the store's quota, for the prompts of tasks that are not finished
+
 _RETRY_AFTER_S = 5.0
 _ROOM_AFTER_S = 30.0
 
@@ -71,9 +73,12 @@ def submit(
             f"the queue is full ({policy.queue_tasks_max} tasks); try again later",
             retry_after_s=_RETRY_AFTER_S,
         )
-    if snapshot.inputs_bytes + parameters_bytes > policy.queue_bytes_max:
+    bytes_max = policy.queue_bytes_max
+    if snapshot.room.quota_bytes:  # nothing but the tasks' end makes room where these fill the store
+        bytes_max = min(bytes_max, snapshot.room.quota_bytes // QUOTA_PART)
+    if snapshot.inputs_bytes + parameters_bytes > bytes_max:
         raise Overloaded(
-            f"the queued prompts fill their {policy.queue_bytes_max} bytes; try again later",
+            f"the queued prompts fill their {bytes_max} bytes; try again later",
             retry_after_s=_RETRY_AFTER_S,
         )
     task = Task(

@@ -262,3 +262,18 @@ def test_finished_tasks_take_at_most_half_of_the_quota() -> None:
     assert retain.due(world.s, 1.0, oldest, [300, 300]) == []
     world.s.room = ROOM
     assert retain.due(world.s, 1.0, oldest, [300, 300]) == ["task-1"]
+
+
+def test_prompts_of_unfinished_tasks_take_at_most_a_quarter_of_the_quota() -> None:
+    """A look at the store's room comes every few seconds: until then they could fill a small one, for good."""
+    world = World()
+    world.s.inputs_bytes = 245
+    name = next(iter(world.s.catalogue))
+    command = SubmitTask(
+        task_type="text_generation", model_name=name, parameters={}, priority=2, timeout_s=60, owner="o", key_id="k",
+    )  # fmt: skip
+    assert submit(world.s, 1.0, command, "task-1", 10).changes
+    world.s.room = replace(ROOM, level="", message="")
+    assert submit(world.s, 1.0, command, "task-1", 5).changes
+    with pytest.raises(Overloaded, match="fill their 250 bytes"):
+        submit(world.s, 1.0, command, "task-1", 10)
