@@ -12,7 +12,7 @@ import ctypes
 import errno
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -73,8 +73,10 @@ class LoadedModel:
     loaded: Loaded
 
 
-def memory_used() -> int:
-    """Bytes that tinygrad holds on the device."""
+def memory_used(devices: Sequence[str] = ()) -> int:
+    """Bytes that tinygrad holds on these devices, or on all."""
+    if devices:
+        return sum(int(GlobalCounters.mem_used_per_device[each]) for each in devices)
     return int(GlobalCounters.mem_used)
 
 
@@ -155,7 +157,7 @@ def _load_embeddings(
     on_cpu = name.kind == "CPU"
     files = EmbeddingFiles.read(load.path, load.family, slots, load.context)
     need = files.memory_needed(on_cpu)
-    check_memory(load.model, need, limit, memory_available(name))
+    check_first(load.model, need, limit, name)
     size = files.checkpoint.file_size
     progress(LoadProgress(model=load.model, stage="read", done=size, total=size))
     uploads, threads = _uploads(load.model, progress), CPU_COUNT.value if on_cpu else 1
@@ -175,7 +177,7 @@ def _load_tensors(
         )
     files = OnnxFiles.read(load.path)
     need = files.memory_needed()
-    check_memory(load.model, need, limit, memory_available(name))
+    check_first(load.model, need, limit, name)
     progress(LoadProgress(model=load.model, stage="read", done=files.size, total=files.size))
     model = _captured(load, need, lambda: OnnxModel(files, slots), progress)
     return TensorBatcher(model), model, load.context
@@ -236,9 +238,17 @@ def slots_that_fit(asked: int, needed: Callable[[int], int], limit: int, availab
     return next((slots for slots in range(asked, 1, -1) if all(needed(slots) <= room for room in rooms)), 1)
 
 
-def check_memory(model: str, need: int, limit: int, available: int) -> None:
-    """Raises LoadError `out_of_memory` with the arithmetic. A limit or availability of 0 is unknown."""
-    used = memory_used()
+def check_first(model: str, need: int, limit: int, name: DeviceName) -> None:
+    """`check_memory` of what only the first of several devices has; `limit` is of all of them, in equal parts."""
+    check_memory(model, need, limit // len(name.devices), memory_available(name), name.devices[:1])
+
+
+def check_memory(model: str, need: int, limit: int, available: int, devices: Sequence[str] = ()) -> None:
+    """Raises LoadError `out_of_memory` with the arithmetic. A limit or availability of 0 is unknown.
+
+    `limit` is of these devices, or of all.
+    """
+    used = memory_used(devices)
     free = limit - used if limit else need
     if need > free:
         raise LoadError(

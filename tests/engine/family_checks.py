@@ -213,7 +213,8 @@ class Check:
 def each_expert_apart(target: Path) -> str:
     """Mixtral's GGUF file as llama.cpp wrote it before 2024-04: each expert's matrices as tensors of their own."""
     whole = gguf.read(FIXTURES / "mixtral" / "model.gguf")
-    data, tensors = whole.path.read_bytes(), {}
+    data = whole.path.read_bytes()
+    tensors: dict[str, Any] = {}
     for name, info in whole.tensors.items():
         parts, shape = {name: data[info.offset : info.offset + info.size]}, info.shape
         if "_exps." in name:

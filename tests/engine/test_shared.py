@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import msgspec
+import numpy as np
 import pytest
 
 from engine.errors import LoadError
 from engine.kernels.sharing import shares
-from engine.protocol import Configure, Load, Loaded, LoadFailed, Ready, Unusable
+from engine.protocol import Configure, Finished, Load, Loaded, LoadFailed, Ready, Run, Unusable
 from tests.engine.conftest import CACHE
 from tests.engine.devices import check_models, compare, found_by
+from tests.engine.embedding_checks import vectors
 from tests.engine.family_checks import FIXTURES
 from tests.engine.harness import EngineProcess
 
@@ -77,3 +81,29 @@ def test_an_engine_of_two_devices_generates() -> None:
         engine.send(Load(model="g", path=str(FIXTURES / "gemma3"), family="gemma3", context=128, slots=2))
         failed = engine.wait_for(lambda m: isinstance(m, LoadFailed) and m.model == "g", 60)
         assert failed.code == "not_shareable"
+
+
+@pytest.mark.process
+def test_embeddings_take_the_first_of_two_devices() -> None:
+    """Loaded and right beside a model that both share, and judged by what one of the two may use."""
+    expected = json.loads((FIXTURES / "bert" / "expected.json").read_text())
+    right = dict(np.load(FIXTURES / "bert" / "expected.npz"))["mean"]
+    limit = 4 << 20  # of each; the small model needs more than half of it, and less than all
+    configure = Configure(
+        worker_id="w", device="CPU:0,1", slots_max=2, cache_dir=str(CACHE), memory_limit_bytes=limit
+    )
+    with EngineProcess(configure) as engine:
+        ready = engine.wait_type(Ready, Unusable, timeout_s=60)
+        assert (ready.device, ready.memory_total_bytes) == ("CPU:0,1", 2 * limit)
+        load = Load(model="e", path=str(FIXTURES / "bert"), family="bert", task_type="embedding")
+        engine.send(load)
+        loaded = engine.wait_type(Loaded, LoadFailed, timeout_s=120)
+        assert isinstance(loaded, Loaded), loaded
+        ask = {"input": expected["texts"], "normalize": False}
+        engine.send(Run(run_id="r", model="e", task_type="embedding", parameters=ask))
+        assert isinstance(engine.wait_end("r"), Finished)
+        found = vectors(engine.of_run("r")[1])
+        assert np.abs(found - right).max() < 0.02 * right.std()
+        engine.send(msgspec.structs.replace(load, model="second"))
+        failed = engine.wait_for(lambda m: isinstance(m, LoadFailed) and m.model == "second", 60)
+        assert (failed.code, f"the device may use {limit}" in failed.message) == ("out_of_memory", True)
