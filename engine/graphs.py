@@ -69,8 +69,7 @@ class _Bucket:
             logits = model.forward(tokens, slots, positions, self._angles, self._want, self._length.bind(1))
         self._graph = record.captured(logits)
 
-    def step(self, rows: Sequence[Row], wanted: Sequence[int], length: int = 1) -> npt.NDArray[np.float32]:
-        """`length`: positions to attend to at least."""
+    def step(self, rows: Sequence[Row], wanted: Sequence[int]) -> npt.NDArray[np.float32]:
         table = np.zeros((3, self._rows), dtype=np.int32)
         table[2] = self._spare
         for index, row in enumerate(rows):
@@ -82,7 +81,7 @@ class _Bucket:
         for tensor, angles in zip(self._angles, self._model.angles(table[2]), strict=True):
             fill(tensor, angles)
         fill(self._want, want)
-        length = max((length, *(row.position + 1 for row in rows)))
+        length = max((1, *(row.position + 1 for row in rows)))
         logits: npt.NDArray[np.float32] = self._graph([], {self._length.expr: length}).numpy()
         return logits[: len(wanted)]
 
@@ -105,12 +104,15 @@ class GraphedModel:
         """Build a bucket's graph and run it, so that its kernels are compiled, its memory taken, its time known."""
         logits = logits_rows(size, self.slots)
         graph = self._graphs[size] = _Bucket(self._model, size, logits)
+        far = max(1, self.context // 4)
         took_s = []
-        for length in (1, 1 + self.context // 4):  # the first one may be slower than any later
+        for position in (0, 0, far):  # the first one may be slower than any later
+            rows = [Row(0, 0, min(position + at, self.context - 1)) for at in range(size)]
             began = time.monotonic()
-            graph.step([], [], length)
+            graph.step(rows, [])
             took_s.append(time.monotonic() - began)
-        self.buckets.append(Bucket(size, logits, min(took_s)))
+        near_s = min(took_s)
+        self.buckets.append(Bucket(size, logits, near_s, (took_s[-1] - near_s) / (size * far)))
 
     def step(self, rows: Sequence[Row], wanted: Sequence[int]) -> npt.NDArray[np.float32]:
         size = next(size for size in self.sizes if size >= len(rows))

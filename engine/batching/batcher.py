@@ -162,6 +162,7 @@ class Batcher:
         self._waiting: deque[_Waiting] = deque()
         self._active: dict[str, _Active] = {}
         self._slots = Slots(model.slots)
+        self._stepped_s: float | None = None  # when a step ended after which there was more to do
         self.prefilling = False  # what the last step did, for the heartbeat
 
     @property
@@ -227,14 +228,24 @@ class Batcher:
         plan = self._plan()
         if not plan.rows:
             return messages
-        began = self._clock()
-        logits = self._model.step(plan.rows, plan.wanted)
-        self._times.observe(len(plan.rows), self._clock() - began)
+        logits = self._timed_step(plan)
         at = 0
         for run, guesses, computed in plan.runs:
             messages += self._take_logits(run, guesses, logits[at : at + 1 + computed])
             at += 1 + computed
+        if not self._active:
+            self._stepped_s = None
         return messages
+
+    def _timed_step(self, plan: _Plan) -> npt.NDArray[np.float32]:
+        began = self._clock()
+        if self._stepped_s is not None:
+            self._times.observe_between(began - self._stepped_s)
+        logits = self._model.step(plan.rows, plan.wanted)
+        self._stepped_s = self._clock()
+        attended = sum(row.position for row in plan.rows)
+        self._times.observe(len(plan.rows), attended, self._stepped_s - began)
+        return logits
 
     def _start_waiting(self, room: int) -> list[Message]:
         messages: list[Message] = []
@@ -278,11 +289,15 @@ class Batcher:
         ahead = [0] * len(decoding)
         if not prompts:  # which want the rows
             rates = [run.acceptance.rate for run in decoding]
-            ahead = rows_beyond(self._times, list(zip(rates, map(len, guesses), strict=True)))
+            most = [(rate, len(each)) for rate, each in zip(rates, guesses, strict=True)]
+            ahead = rows_beyond(self._times, most, [run.filled for run in decoding])
         for run, each, computed in zip(decoding, guesses, ahead, strict=True):
             plan.rows += run.rows(run.filled + 1)
             plan.draw(run, each, computed)
-        budget = prompt_rows(self._times, len(decoding)) if prompts else 0
+        budget = 0
+        if prompts:
+            furthest = max(run.filled for run in prompts)
+            budget = prompt_rows(self._times, [run.filled for run in decoding], furthest)
         parts = share([run.prompt - run.filled for run in prompts], budget)
         for run, count in zip(prompts, parts, strict=True):
             plan.rows += run.rows(run.filled + count)

@@ -1,7 +1,8 @@
 """How many rows of a step go to prompts, and to which, by what steps were measured to take. Pure.
 
-A step of more rows takes longer: on two CPU cores 32 rows take five times as long as one, on a GPU perhaps no longer.
-Streams must not stutter while a prompt joins, and prompts must not wait longer than that needs.
+A step of more rows takes longer: on two CPU cores 32 rows take seven times as long as one, on a GPU perhaps no longer.
+So does one whose rows look back at more. Streams must not stutter while a prompt joins, and prompts must not wait
+longer than that needs.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SLOWDOWN_MAX = 2.5  # a step that also has prompts, beside one that only decodes: a gap of 3 is noticed
+SLOWDOWN_MAX = 2.25  # a step that also has prompts, beside one that only decodes: a gap of 3 is noticed
 OBSERVED_WEIGHT = 0.2
 UNOBSERVED_WEIGHT = (
     0.005  # old measurements of one size fade towards what the others say, in hundreds of steps
@@ -19,11 +20,15 @@ SPIKE_MAX = 2.0  # a step that waited for something else counts for at most so m
 
 @dataclass(frozen=True)
 class Bucket:
-    """A size of steps: at most `rows` rows and the logits of `logits` of them, in `step_s` at warm-up."""
+    """A size of steps: at most `rows` rows and the logits of `logits` of them, by what warm-up measured.
+
+    In `step_s`, and `attended_s` more for each position that one of its rows looks at.
+    """
 
     rows: int
     logits: int
     step_s: float
+    attended_s: float = 0.0
 
 
 class StepTimes:
@@ -32,8 +37,8 @@ class StepTimes:
     def __init__(self, buckets: Sequence[Bucket]) -> None:
         """`buckets` by rising rows."""
         self.buckets = tuple(buckets)
-        self._first = {bucket.rows: max(bucket.step_s, 1e-9) for bucket in buckets}
-        self._now = dict(self._first)
+        self._slower = {bucket.rows: 1.0 for bucket in buckets}  # than at warm-up
+        self._between = 0.0
 
     @property
     def rows_max(self) -> int:
@@ -43,35 +48,55 @@ class StepTimes:
         """The smallest size that has room for `rows`."""
         return next(bucket for bucket in self.buckets if bucket.rows >= rows)
 
-    def seconds(self, bucket: Bucket) -> float:
-        return self._now[bucket.rows]
+    def seconds(self, bucket: Bucket, attended: float = 0.0) -> float:
+        """From a step of this size to the next; `attended`: positions that its rows look at, together."""
+        return self._between + self._slower[bucket.rows] * _at_warm_up(bucket, attended)
 
-    def observe(self, rows: int, seconds: float) -> None:
+    def rows_within(self, bucket: Bucket, seconds: float, attended: float, position: float) -> float:
+        """How many rows at `position` a step has time for, beside others that look at `attended` positions."""
+        left = seconds - self.seconds(bucket, attended)
+        each = self._slower[bucket.rows] * bucket.attended_s * position
+        if left <= 0:
+            return 0.0
+        return left / each if each > 0 else float("inf")
+
+    def observe(self, rows: int, attended: float, seconds: float) -> None:
         """A step of `rows` rows took so long."""
-        size = self.fitting(rows).rows
-        seen = min(seconds, SPIKE_MAX * self._now[size])
-        for other, now in self._now.items():
-            if other == size:
-                self._now[other] += OBSERVED_WEIGHT * (seen - now)
-            else:
-                foreseen = seen * self._first[other] / self._first[size]
-                self._now[other] += UNOBSERVED_WEIGHT * (foreseen - now)
+        size = self.fitting(rows)
+        slower = min(seconds / _at_warm_up(size, attended), SPIKE_MAX * self._slower[size.rows])
+        for other, now in self._slower.items():
+            weight = OBSERVED_WEIGHT if other == size.rows else UNOBSERVED_WEIGHT
+            self._slower[other] += weight * (slower - now)
+
+    def observe_between(self, seconds: float) -> None:
+        """So long after the end of a step the next one began: drawing tokens, sending them, other models' steps."""
+        smallest = self.buckets[0]
+        seen = min(seconds, self._slower[smallest.rows] * _at_warm_up(smallest, 0.0))
+        self._between += OBSERVED_WEIGHT * (seen - self._between)
 
 
-def prompt_rows(times: StepTimes, decoding: int) -> int:
-    """Rows for prompts in a step beside `decoding` rows that decode: all there are if nothing decodes.
+def _at_warm_up(bucket: Bucket, attended: float) -> float:
+    return max(bucket.step_s + bucket.attended_s * attended, 1e-9)
 
-    Else those of the largest size that takes at most SLOWDOWN_MAX times as long as decoding alone, and of the smallest
-    with any room if none does.
+
+def prompt_rows(times: StepTimes, decoding: Sequence[int], position: int) -> int:
+    """Rows for prompts in a step beside rows that decode: all there are if nothing decodes.
+
+    Else as many as leave the step at most SLOWDOWN_MAX times as long as decoding alone, and those of the smallest size
+    with any room if there is no such step. `decoding`: the decoding rows' positions; `position`: the furthest prompt's.
     """
-    if decoding == 0:
+    if not decoding:
         return times.rows_max
-    roomy = [bucket for bucket in times.buckets if bucket.rows > decoding]
+    roomy = [bucket for bucket in times.buckets if bucket.rows > len(decoding)]
     if not roomy:
         return 0
-    allowed = SLOWDOWN_MAX * times.seconds(times.fitting(decoding))
-    quick = [bucket for bucket in roomy if times.seconds(bucket) <= allowed]
-    return (quick or roomy[:1])[-1].rows - decoding
+    attended = sum(decoding)
+    allowed = SLOWDOWN_MAX * times.seconds(times.fitting(len(decoding)), attended)
+    rows = (
+        int(min(bucket.rows - len(decoding), times.rows_within(bucket, allowed, attended, position)))
+        for bucket in roomy
+    )
+    return max(rows) or roomy[0].rows - len(decoding)
 
 
 def share(remaining: Sequence[int], rows: int) -> list[int]:

@@ -47,9 +47,12 @@ class Acceptance:
         self.rate += OBSERVED_WEIGHT * (right - self.rate)
 
 
-def rows_beyond(times: StepTimes, proposed: Sequence[tuple[float, int]]) -> list[int]:
+def rows_beyond(
+    times: StepTimes, proposed: Sequence[tuple[float, int]], positions: Sequence[int]
+) -> list[int]:
     """How many proposed tokens to compute for each run that decodes, given how likely one is right and how many it has.
 
+    `positions` are the runs': what each of their rows looks back at.
     Rows that the step's size has to spare cost nothing. A larger size is taken if every run is then expected to get
     on faster than without: none pays for another.
     """
@@ -63,10 +66,12 @@ def rows_beyond(times: StepTimes, proposed: Sequence[tuple[float, int]]) -> list
     if not chances:
         return [0] * runs
     base = times.fitting(runs)
+    alone_s = times.seconds(base, sum(positions))
     best, best_speed = [0] * runs, 0.0
     for bucket in times.buckets:
         rows, expected = _given(chances, bucket, runs)
-        slowdown = times.seconds(bucket) / times.seconds(base)
+        attended = sum((1 + ahead) * at for ahead, at in zip(rows, positions, strict=True))
+        slowdown = times.seconds(bucket, attended) / alone_s
         if bucket.rows < base.rows or (bucket != base and 1.0 + min(expected) < slowdown):
             continue
         speed = (runs + sum(expected)) / slowdown

@@ -224,8 +224,8 @@ class _Rows:
                     for total, block in zip(of_line, blocks, strict=True):
                         code.set(_FLOATS, self._fused(code.get(_FLOATS, total), block, number), total)
             for line, of_line in zip(lines, totals, strict=True):
-                for block, total in enumerate(of_line):
-                    at = code.beyond(self.weights, 4 * (line * STEP + block * BLOCK))
+                for index, total in enumerate(of_line):
+                    at = code.beyond(self.weights, 4 * (line * STEP + index * BLOCK))
                     code.store(_FLOATS, code.get(_FLOATS, total), at)
 
     def _softmax(self, first: str) -> None:

@@ -8,11 +8,13 @@ import pytest
 from engine.batching.pacing import Bucket, StepTimes, prompt_rows, share
 
 
-def times(*milliseconds: float, rows: tuple[int, ...] = (1, 4, 8, 16, 32)) -> StepTimes:
-    return StepTimes([Bucket(size, size, ms / 1e3) for size, ms in zip(rows, milliseconds, strict=True)])
+def times(*milliseconds: float, attended_s: float = 0.0) -> StepTimes:
+    sizes = zip((1, 4, 8, 16, 32), milliseconds, strict=True)
+    return StepTimes([Bucket(size, size, ms / 1e3, attended_s) for size, ms in sizes])
 
 
-CPU = (41, 58, 76, 110, 186)  # SmolLM2 on two cores, measured
+CPU = (41, 58, 76, 110, 186)  # SmolLM2 in float16 on two cores, measured
+QUICK = (4.1, 7.1, 10.1, 19.5, 28.0)  # and with whole vectors
 
 
 @pytest.mark.parametrize(
@@ -21,7 +23,9 @@ CPU = (41, 58, 76, 110, 186)  # SmolLM2 on two cores, measured
         (CPU, 0, 32),
         (CPU, 1, 7),
         (CPU, 4, 12),
-        (CPU, 8, 24),
+        (CPU, 8, 8),
+        (QUICK, 1, 3),
+        (QUICK, 8, 8),
         ((10, 10, 10, 10, 11), 1, 31),  # a device that does not mind
         ((10, 40, 80, 160, 320), 1, 3),  # none is quick: the smallest, or the prompt would wait for ever
         ((10, 40, 80, 160, 320), 4, 4),
@@ -29,22 +33,62 @@ CPU = (41, 58, 76, 110, 186)  # SmolLM2 on two cores, measured
     ],
 )
 def test_prompts_get_what_streams_can_bear(measured: tuple[float, ...], decoding: int, rows: int) -> None:
-    assert prompt_rows(times(*measured), decoding) == rows
+    assert prompt_rows(times(*measured), [100] * decoding, 50) == rows
+
+
+@pytest.mark.parametrize(
+    ("decoding", "position", "rows"),
+    [
+        ([10], 0, 7),
+        ([10], 100, 7),
+        ([10], 1000, 4),  # of 8, as more would take too long
+        ([10], 4000, 3),  # fewer would do, but that much the smallest size gives
+        ([1000], 1000, 5),  # a stream that looks back itself takes longer, and bears more
+        ([10] * 8, 1000, 8),
+    ],
+)
+def test_a_prompt_that_looks_back_at_much_gets_fewer_rows(
+    decoding: list[int], position: int, rows: int
+) -> None:
+    found = times(4.1, 7.1, 9.0, 16, 28.0, attended_s=50e-9)
+    assert prompt_rows(found, decoding, position) == rows
+
+
+def test_what_is_between_steps_counts_for_streams() -> None:
+    """They see gaps, not steps: with 2 ms more for each, 12 beside 6 is bearable where 10 beside 4 is not."""
+    found = times(*QUICK)
+    assert prompt_rows(found, [10], 0) == 3
+    for _ in range(30):
+        found.observe_between(0.002)
+    assert prompt_rows(found, [10], 0) == 7
+    assert found.seconds(found.fitting(1)) == pytest.approx(0.0061, rel=0.01)
+    for _ in range(100):
+        found.observe_between(60.0)  # something else had the device: a step's time at most is believed
+    assert found.seconds(found.fitting(1)) <= 2 * 0.0042
 
 
 def test_measurements_follow_the_steps() -> None:
     """Slowly enough that one late step changes nothing, and back again when a size is no longer taken."""
     found = times(*CPU)
-    found.observe(8, 5.0)
-    assert prompt_rows(found, 1) == 7
+    found.observe(8, 0, 5.0)
+    assert prompt_rows(found, [10], 0) == 7
     for _ in range(20):
-        found.observe(7, 0.3)
+        found.observe(7, 0, 0.3)
     assert found.seconds(found.fitting(8)) == pytest.approx(0.3, rel=0.02)
-    assert prompt_rows(found, 1) == 3
+    assert prompt_rows(found, [10], 0) == 3
     for _ in range(1000):
-        found.observe(1, 0.041)
+        found.observe(1, 0, 0.041)
     assert found.seconds(found.fitting(8)) == pytest.approx(0.076, rel=0.1)
-    assert prompt_rows(found, 1) == 7
+    assert prompt_rows(found, [10], 0) == 7
+
+
+def test_a_long_context_is_no_slower_device() -> None:
+    """A step that took longer because its rows looked back at much changes no estimate."""
+    found = times(*QUICK, attended_s=1e-6)
+    for _ in range(50):
+        found.observe(8, 8000, 0.0181)
+    assert found.seconds(found.fitting(8)) == pytest.approx(0.0101)
+    assert found.seconds(found.fitting(1), 1000) == pytest.approx(0.0051)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ STEEP = (10, 40, 80, 160)  # rows cost what they cost alone
     ],
 )
 def test_rows_beyond(measured: tuple[float, ...], proposed: list[tuple[float, int]], rows: list[int]) -> None:
-    assert rows_beyond(times(*measured), proposed) == rows
+    assert rows_beyond(times(*measured), proposed, [100] * len(proposed)) == rows
 
 
 def test_what_would_have_been_right_counts_too() -> None:
@@ -66,7 +66,7 @@ def test_what_would_have_been_right_counts_too() -> None:
     acceptance = Acceptance()
     tried = []
     for right in [False] * 20 + [True] * 20:
-        tried.append(rows_beyond(times(*CPU), [(acceptance.rate, 7)])[0])
+        tried.append(rows_beyond(times(*CPU), [(acceptance.rate, 7)], [100])[0])
         acceptance.observe(right)
     assert tried[0] == 3
     assert tried[5:20] == [0] * 15
