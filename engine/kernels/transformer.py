@@ -421,8 +421,6 @@ def _weighted_values(weights: Tensor, cache: Tensor, slots: Tensor, length: UOp)
     width = cache.shape[4]
     share = heads // cache.shape[2]
     opts = as_written(cache)
-    if _on_cpu(cache) and width % 16 == 0:
-        opts = (Opt(OptOps.UPCAST, _axis(rows) + _axis(heads), 16),)
 
     def kernel(out: UOp, weights: UOp, cache: UOp, slots: UOp) -> UOp:
         r, h, d = UOp.range(rows, 0), UOp.range(heads, 1), UOp.range(width, 2)
@@ -479,11 +477,6 @@ def gated(x: Tensor, gelu: bool = False, threads: int = 1) -> Tensor:
         return out[r, f].store(value).end(r, f).sink(arg=KernelInfo(name=f"gated_{rows}_{size}"))
 
     return call(kernel, Tensor.empty(rows, size, dtype=dtypes.float32, device=x.device), x)
-
-
-def _axis(size: int) -> int:
-    """How many axes a loop of this size leaves: tinygrad drops loops of one."""
-    return 1 if size > 1 else 0
 
 
 def held(value: UOp, size: int) -> UOp:

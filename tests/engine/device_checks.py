@@ -153,6 +153,29 @@ def mixtures(_: Path) -> None:
             alone = one, two
 
 
+def attention(_: Path) -> None:
+    """Of every number of slots and heads, also one, by the kernels that any device takes: as numpy gives it."""
+    usable = vectors.usable
+    for slots, heads, groups, rows in ((1, 1, 1, 1), (1, 2, 1, 3), (1, 3, 3, 2), (2, 2, 1, 3), (2, 4, 2, 1)):
+        qkv = floats(rows, (heads + 2 * groups) * WIDTH)
+        still = np.stack([np.ones((rows, WIDTH // 2)), np.zeros((rows, WIDTH // 2))]).astype(np.float32)
+        queries, keys, held = np.split(qkv.reshape(rows, -1, WIDTH), [heads, heads + groups], axis=1)
+        keys, held = (np.repeat(each, heads // groups, axis=1) for each in (keys, held))
+        hidden = np.triu(np.full((rows, rows), -np.inf), 1)
+        scores = np.exp(np.einsum("qhd,khd->hqk", queries, keys) / 8 + hidden)
+        right = np.einsum("hqk,khd->qhd", scores / scores.sum(-1, keepdims=True), held).reshape(rows, -1)
+        for vectors.usable in (usable, lambda tensor: False):
+            cache = upload(np.zeros((2, slots, groups, 32, WIDTH), dtype=np.float32))
+            place = upload(np.full(rows, slots - 1, dtype=np.int32)), upload(np.arange(rows, dtype=np.int32))
+            given, angles = upload(qkv), upload(still)
+            cache = transformer.write_cache(cache, given, angles, *place, heads)
+            turned = transformer.rotate_queries(given, angles, heads, WIDTH, 1 / 8)
+            length = UOp.variable("length", 1, 32).bind(rows)
+            got = transformer.attention(turned, cache, *place, length).numpy()
+            np.testing.assert_allclose(got, right, rtol=1e-4, atol=1e-5)
+    vectors.usable = usable
+
+
 def choices(_: Path) -> None:
     """The best experts and their shares, also of one; a score that is no number is chosen and shows in the shares."""
     for count, used in ((1, 1), (5, 1), (5, 3), (4, 4)):
@@ -270,6 +293,5 @@ def wrong(_: Path) -> None:
 
 if __name__ == "__main__":
     open_suites()
-    {check.__name__: check for check in (decoders, mixtures, choices, recorded, stored, wrong)}[sys.argv[1]](
-        Path(sys.argv[2])
-    )
+    checks = (decoders, mixtures, attention, choices, recorded, stored, wrong)
+    {check.__name__: check for check in checks}[sys.argv[1]](Path(sys.argv[2]))
