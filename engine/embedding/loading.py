@@ -80,9 +80,13 @@ class EmbeddingFiles:
             config = replace(config, tied=True, consumed=config.consumed | frozenset(_HEADS))
             if pooling.mode == "cls":
                 raise LoadError("unsupported_architecture", f"{path} pools by a token that sees no other")
-        context = min(context, config.context_max, pooling.tokens_max or context)
-        if slots < 1 or context <= len(encoder.before) + len(encoder.after):
+        around = len(encoder.before) + len(encoder.after)
+        if slots < 1 or context <= around:
             raise LoadError("bad_parameters", f"{slots} slots of {context} tokens make no sense")
+        longest = min(config.context_max, pooling.tokens_max or config.context_max)
+        if longest <= around:
+            raise bad_file(path, f"it takes texts of {longest} tokens, {around} of them special")
+        context = min(context, longest)
         return cls(checkpoint, family, config, encoder, pooling, slots, context)
 
     def memory_needed(self, on_cpu: bool) -> int:

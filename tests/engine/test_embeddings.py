@@ -376,6 +376,9 @@ def test_the_shortest_of_all_bounds_holds(folder: Path) -> None:
     assert load(folder / "model.gguf").context == 128
     with pytest.raises(LoadError, match="make no sense"):
         load(folder, context=2)
+    (folder / "sentence_bert_config.json").write_text('{"max_seq_length": 2}')
+    with pytest.raises(LoadError, match="it takes texts of 2 tokens, 2 of them special"):
+        load(folder)
 
 
 def configured(folder: Path, **changes: Any) -> None:
