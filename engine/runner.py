@@ -138,6 +138,7 @@ class Engine:
         self.inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self._models: dict[str, LoadedModel] = {}
         self._loading: str | None = None
+        self._stepping = False
         self._deferred: deque[object] = deque()
         self._phase: Phase = "idle"
         self._steps = 0
@@ -186,8 +187,9 @@ class Engine:
             if not model.batcher.busy:
                 continue
             active = sum(other.batcher.active for other in self._models.values())
+            self._stepping = stepped = True
             messages = model.batcher.step(self._configure.slots_max - active)
-            stepped = True
+            self._stepping = False
             self._steps += 1
             self._phase = "prefill" if model.batcher.prefilling else "decode"
             self._outbox.send(*messages, self._heartbeat())
@@ -207,8 +209,6 @@ class Engine:
         messages = [
             m for model in self._models.values() for m in model.batcher.fail_all("device_failed", text)
         ]
-        if self._loading is not None:
-            messages.append(LoadFailed(model=self._loading, code="device_failed", message=text))
         self._outbox.send(*messages)
 
     # ------------------------------------------------------------ messages
@@ -265,6 +265,8 @@ class Engine:
                 kernels_compiled=model.loaded.kernels_compiled,
             )
         except LoadError as error:
+            if self._stepping:  # the memory ended in another model's step, which is half done
+                raise
             log("load_failed", model=load.model, code=error.code, error=str(error))
             self._outbox.send(LoadFailed(model=load.model, code=error.code, message=str(error)))
         finally:
