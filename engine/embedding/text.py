@@ -72,7 +72,7 @@ def _of_folder(folder: Folder) -> TextEncoder:
     found.no_truncation()
     found.no_padding()
     plain: list[int] = found.encode(_PROBE, add_special_tokens=False).ids
-    whole: list[int] = found.encode(_PROBE, add_special_tokens=True).ids
+    whole = folder_tokenizer.templated(path, found, _PROBE)
     for at in range(len(whole) - len(plain) + 1):
         if plain and whole[at : at + len(plain)] == plain:
             return _made(found, whole[:at], whole[at + len(plain) :])

@@ -6,8 +6,9 @@ template is the one of tokenizer_config.json or of chat_template.jinja, its defa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from tokenizers import Tokenizer
@@ -25,6 +26,7 @@ from engine.text.tokenizer import (
 
 FILE = "tokenizer.json"
 TOKENS_MAX = 1 << 22
+T = TypeVar("T")
 
 
 class _Part(msgspec.Struct, frozen=True):
@@ -79,7 +81,7 @@ def from_text(folder: Folder, text: str) -> Vocabulary:
     tokenizer = parse(path, text)
     names, pieces = _pieces(path, tokenizer, file, fallback)
     settings = _settings(folder)
-    begin = _begin(tokenizer, names, settings)
+    begin = _begin(path, tokenizer, names, settings)
     ends = _ends(folder, settings, names, {added.id for added in file.added_tokens if added.special})
     named = _named(settings, "eos_token", names)
     return Vocabulary(
@@ -96,9 +98,19 @@ def from_text(folder: Folder, text: str) -> Vocabulary:
 
 
 def parse(path: Path, text: str) -> Tokenizer:
-    """tokenizer.json by the library, which raises plain Exception and, for some contradictions, panics."""
+    """tokenizer.json by the library."""
+    return _tried(path, lambda: Tokenizer.from_str(text))
+
+
+def templated(path: Path, tokenizer: Tokenizer, text: str) -> list[int]:
+    """A text's tokens with those around it that the tokenizer's own template has, which may name some that are not."""
+    return _tried(path, lambda: tokenizer.encode(text, add_special_tokens=True).ids)
+
+
+def _tried(path: Path, action: Callable[[], T]) -> T:
+    """The library raises plain Exception and, for some contradictions, panics."""
     try:
-        return Tokenizer.from_str(text)
+        return action()
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
@@ -135,12 +147,12 @@ def _named(settings: dict[str, Any], key: str, names: list[str]) -> int | None:
     return names.index(value) if isinstance(value, str) and value in names else None
 
 
-def _begin(tokenizer: Tokenizer, names: list[str], settings: dict[str, Any]) -> int | None:
+def _begin(path: Path, tokenizer: Tokenizer, names: list[str], settings: dict[str, Any]) -> int | None:
     """The token that the tokenizer's own template puts before every text."""
     begin = _named(settings, "bos_token", names)
     if settings.get("add_bos_token") is True:
         return begin
-    before: list[int] = tokenizer.encode("", add_special_tokens=True).ids
+    before = templated(path, tokenizer, "")
     return begin if begin is not None and before[:1] == [begin] else None
 
 

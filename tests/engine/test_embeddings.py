@@ -432,6 +432,10 @@ def test_a_tokenizer_that_changes_what_it_surrounds_is_refused(folder: Path) -> 
     path.write_text(json.dumps(kept))
     with pytest.raises(LoadError, match="special tokens around"):
         read_text_encoder(read(folder))
+    kept["post_processor"]["special_tokens"] = {}
+    path.write_text(json.dumps(kept))
+    with pytest.raises(LoadError, match="no tokenizer"):
+        read_text_encoder(read(folder))
     path.write_text("[]")
     with pytest.raises(LoadError, match="no tokenizer"):
         read_text_encoder(read(folder))

@@ -12,7 +12,7 @@ import pytest
 
 from engine.checkpoint import open_checkpoint, vocabulary_of
 from engine.errors import LoadError
-from engine.files import safetensors
+from engine.files import gguf, safetensors
 from engine.models import FAMILIES, check_family, read_config
 from engine.protocol import (
     Configure,
@@ -25,9 +25,13 @@ from engine.protocol import (
     Unload,
     Unloaded,
 )
+from tests.engine import small_gguf
 from tests.engine.conftest import CACHE, DEVICE
-from tests.engine.family_checks import FIXTURES
+from tests.engine.family_checks import FIXTURES, each_expert_apart
 from tests.engine.harness import EngineProcess
+
+
+F32, Q8_0 = 0, 8  # ggml types
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +111,25 @@ def test_the_engine_lives_through_bad_folders(engine: EngineProcess, tmp_path: P
     failed = loaded(engine, "other", FIXTURES / "qwen2", "llama")
     assert isinstance(failed, LoadFailed)
     assert "catalogue" in failed.message
+
+
+@pytest.mark.process
+def test_the_engine_lives_through_experts_of_different_kinds(engine: EngineProcess, tmp_path: Path) -> None:
+    """One matrix of one expert is float32, the others' are quantised."""
+    apart = gguf.read(each_expert_apart(tmp_path / "apart.gguf"))
+    data, odd = apart.path.read_bytes(), "blk.0.ffn_up.1.weight"
+    tensors = {
+        name: (info.shape[::-1], info.kind, data[info.offset : info.offset + info.size])
+        for name, info in apart.tensors.items()
+    }
+    assert tensors[odd][1] == Q8_0
+    tensors[odd] = tensors[odd][0], F32, bytes(4 * apart.tensors[odd].elements)
+    failed = loaded(
+        engine, "odd", small_gguf.write(tmp_path / "odd.gguf", apart.metadata, tensors), "mixtral"
+    )
+    assert isinstance(failed, LoadFailed)
+    assert (failed.code, "different kinds" in failed.message) == ("unsupported_quantisation", True)
+    assert isinstance(loaded(engine, "apart", apart.path, "mixtral"), Loaded)
 
 
 # ---------------------------------------------------------------- readers only
@@ -278,11 +301,18 @@ def test_configurations_as_they_were_before(tmp_path: Path) -> None:
             "bad_model_file",
         ),
         ('{"model": ' + "[" * 5000 + "}", "bad_model_file"),
+        (
+            '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "decoder": {"type": "ByteLevel"},'
+            '"post_processor": {"type": "TemplateProcessing", "pair": [], "special_tokens": {},'
+            '"single": [{"SpecialToken": {"id": "b", "type_id": 0}}]}}',
+            "bad_model_file",
+        ),
     ],
 )
 def test_tokenizers_that_are_none(tmp_path: Path, text: str, code: str) -> None:
     folder = copy(tmp_path)
-    (folder / "tokenizer.json").write_text(text)
+    whole = '"ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true}'
+    (folder / "tokenizer.json").write_text(text.replace('"ByteLevel"}', whole))
     with pytest.raises(LoadError) as caught:
         vocabulary_of(open_checkpoint(folder))
     assert caught.value.code == code
