@@ -19,9 +19,11 @@ from engine.errors import RunError
 from engine.text.grammar import Grammar, Tokens
 
 Logits = npt.NDArray[np.float32]
+Weights = npt.NDArray[np.float32]  # in proportion to probabilities
 BIASES_MAX = 1024
 TOP_LOGPROBS_MAX = 20
 _GREEDY = 0.0
+_BLOCK = 256
 
 
 class Sampler:
@@ -61,8 +63,8 @@ class Sampler:
             token = _best(logits, allowed)
         else:
             candidates, weights = self._distribution(logits, allowed)
-            at = int(np.searchsorted(np.cumsum(weights), self._random.random(), side="right"))
-            token = int(candidates[min(at, len(weights) - 1)])
+            at = _drawn(weights, self._random.random())
+            token = at if candidates is None else int(candidates[at])
         if self.penalty != 1.0:
             self._seen.add(token)
         if self.presence or self.frequency:
@@ -80,7 +82,7 @@ class Sampler:
             out[_best(changed, allowed)] = 1.0
         else:
             candidates, weights = self._distribution(changed, allowed)
-            out[candidates] = weights
+            out[slice(None) if candidates is None else candidates] = weights / weights.sum(dtype=np.float64)
         return out
 
     def _changed(self, logits: Logits) -> Logits:
@@ -99,25 +101,25 @@ class Sampler:
             logits[list(self._counts)] -= self.frequency * counts + self.presence
         return logits
 
-    def _distribution(
-        self, logits: Logits, candidates: Tokens | None
-    ) -> tuple[Tokens, npt.NDArray[np.float64]]:
-        """Tokens that may be drawn, of `candidates` if there are some, and their probabilities."""
+    def _distribution(self, logits: Logits, candidates: Tokens | None) -> tuple[Tokens | None, Weights]:
+        """Tokens that may be drawn, of `candidates` if there are some, and how likely they are; None for all."""
         if candidates is not None:
             logits = logits[candidates]
         if 0 < self.top_k < len(logits):
             top = np.argpartition(logits, -self.top_k)[-self.top_k :].astype(np.int64)
             logits, candidates = logits[top], top if candidates is None else candidates[top]
-        weights = np.exp((logits.astype(np.float64) - float(logits.max())) / self.temperature)
-        weights /= weights.sum()
+        weights = np.exp((logits - logits.max()) / np.float32(self.temperature))
         if self.top_p < 1.0:
-            order = np.argsort(-weights, kind="stable")
-            kept = int(np.searchsorted(np.cumsum(weights[order]), self.top_p)) + 1
+            total = float(weights.sum(dtype=np.float64))
+            # those below this make up less than 1 - top_p all together: none of them belongs to the likeliest
+            some = np.flatnonzero(weights >= (1.0 - self.top_p) * total / len(weights))
+            order = some[np.argsort(-weights[some], kind="stable")]
+            kept = int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64), self.top_p * total)) + 1
             weights, candidates = _only(order[:kept], weights, candidates)
         if self.min_p > 0.0:
             likely = np.flatnonzero(weights >= self.min_p * weights.max())
             weights, candidates = _only(likely, weights, candidates)
-        return np.arange(len(weights)) if candidates is None else candidates, weights
+        return candidates, weights
 
     def logprobs(self, logits: Logits, token: int) -> tuple[float, list[tuple[int, float]]]:
         """The log probability of `token`, and the `top_logprobs` best tokens with theirs, best first."""
@@ -134,12 +136,24 @@ def _best(logits: Logits, allowed: Tokens | None) -> int:
     return int(logits.argmax()) if allowed is None else int(allowed[logits[allowed].argmax()])
 
 
-def _only(
-    kept: Tokens, weights: npt.NDArray[np.float64], candidates: Tokens | None
-) -> tuple[npt.NDArray[np.float64], Tokens]:
-    weights = weights[kept]
-    kept = kept.astype(np.int64)
-    return weights / weights.sum(), kept if candidates is None else candidates[kept]
+def _only(kept: Tokens, weights: Weights, candidates: Tokens | None) -> tuple[Weights, Tokens]:
+    return weights[kept], kept if candidates is None else candidates[kept]
+
+
+def _drawn(weights: Weights, chance: float) -> int:
+    """Which of them, each as likely as its weight, for `chance` in [0, 1): where that part of their sum is reached.
+
+    By sums of blocks first: to add up a vocabulary number by number takes longer than a step of a small model.
+    """
+    sums = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK), dtype=np.float64))
+    reached = min(chance * sums[-1], np.nextafter(sums[-1], 0.0))  # before the end, also by rounding
+    block = int(np.searchsorted(sums, reached, side="right"))
+    before = sums[block - 1] if block else 0.0
+    part = weights[block * _BLOCK : (block + 1) * _BLOCK]
+    at = int(np.searchsorted(np.cumsum(part, dtype=np.float64), reached - before, side="right"))
+    if at == len(part):  # by rounding
+        at = int(np.flatnonzero(part)[-1])
+    return block * _BLOCK + at
 
 
 def _logprobs(parameters: Mapping[str, Any]) -> int | None:
