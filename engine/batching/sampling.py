@@ -63,7 +63,7 @@ class Sampler:
             token = _best(logits, allowed)
         else:
             candidates, weights = self._distribution(logits, allowed)
-            at = _drawn(weights, self._random.random())
+            at = drawn(weights, self._random.random())
             token = at if candidates is None else int(candidates[at])
         if self.penalty != 1.0:
             self._seen.add(token)
@@ -140,7 +140,7 @@ def _only(kept: Tokens, weights: Weights, candidates: Tokens | None) -> tuple[We
     return weights[kept], kept if candidates is None else candidates[kept]
 
 
-def _drawn(weights: Weights, chance: float) -> int:
+def drawn(weights: Weights, chance: float) -> int:
     """Which of them, each as likely as its weight, for `chance` in [0, 1): where that part of their sum is reached.
 
     By sums of blocks first: to add up a vocabulary number by number takes longer than a step of a small model.

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batching.sampling import Sampler
+from engine.batching.sampling import Sampler, drawn
 from engine.errors import RunError
 from engine.protocol import Frames, Logprobs, TokenLogprob, Tokens, encode
 
@@ -131,6 +131,27 @@ def test_draws_follow_the_probabilities() -> None:
     right = sampler.probabilities(values)
     assert np.abs(counts - right).max() < 0.02
     assert not counts[right == 0].any()
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.95, 0.5, 0.0])
+def test_a_whole_vocabulary(top_p: float) -> None:
+    """Probabilities and draws are those of the plain way, over as many tokens as models have."""
+    random = np.random.default_rng(6)
+    logits = (random.standard_normal(49_152) * 3).astype(np.float32)
+    logits[-20_000:] = -300.0  # too unlikely for a float32
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    order = np.argsort(-weights, kind="stable")
+    kept = order[: int(np.searchsorted(np.cumsum(weights[order]), top_p * weights.sum())) + 1]
+    right = np.zeros(len(logits))
+    right[kept] = weights[kept] / weights[kept].sum()
+    sampler = Sampler({"temperature": 1.0, "top_p": top_p})
+    np.testing.assert_allclose(sampler.probabilities(logits), right, rtol=1e-4, atol=1e-9)
+    found = right.astype(np.float32)
+    reached = np.cumsum(found, dtype=np.float64)
+    for chance in (0.0, *random.random(200), 1 - 2**-53):
+        token = drawn(found, chance)
+        assert found[token] > 0
+        assert reached[token] - found[token] - 1e-9 <= chance * reached[-1] <= reached[token] + 1e-9
 
 
 @given(distinct, st.integers(0, 20), st.integers(0, VOCABULARY - 1))
