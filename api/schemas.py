@@ -352,8 +352,8 @@ class AssignedModel(Answer):
     memory_usage_bytes: int | None
     load_time_seconds: float | None
     progress: float | None  # percent of this stage
-    stage: str | None  # of a fetch or load: fetch, verify, wait, read, upload, compile
-    stage_done: int | None  # bytes; of compile graphs
+    stage: str | None  # of a fetch or load: fetch, verify, wait, read, upload, compile, search
+    stage_done: int | None  # bytes; of compile graphs, of search kernels
     stage_total: int | None  # null where it is not known
     error: str
 

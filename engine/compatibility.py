@@ -16,7 +16,7 @@ from engine.device import DeviceName
 from engine.errors import DeviceUnusable
 from engine.process import EXIT_UNUSABLE, EXIT_USAGE
 
-LOWERING = 3  # raise it when engine.llvm or engine.programs change what a kernel becomes or is kept as
+LOWERING = 4  # raise it when engine.compilers change what a kernel becomes or is kept as
 
 
 def facts(name: DeviceName) -> dict[str, str]:

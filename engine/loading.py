@@ -21,7 +21,7 @@ from tinygrad.helpers import CPU_COUNT, GlobalCounters
 
 from engine.batching.batcher import Batcher
 from engine.checkpoint import open_checkpoint, vocabulary_of
-from engine.compilers import programs
+from engine.compilers import programs, search
 from engine.device import DeviceName, memory_available
 from engine.errors import LoadError
 from engine.files.gguf import Gguf, bad_file
@@ -80,15 +80,23 @@ def memory_used(devices: Sequence[str] = ()) -> int:
     return int(GlobalCounters.mem_used)
 
 
-def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: Progress) -> LoadedModel:
-    """Read, check, upload, capture. Raises LoadError, after which the device holds nothing of the model."""
-    began, before, compiled_before = time.monotonic(), memory_used(), programs.compiled()
+def load_model(
+    load: Load, slots: int, name: DeviceName, limit: int, progress: Progress, beam: int = 0
+) -> LoadedModel:
+    """Read, check, upload, capture. Raises LoadError, after which the device holds nothing of the model.
+
+    `beam`: the width of a search for faster kernels, see `engine.compilers.search`.
+    """
+    began, before = time.monotonic(), memory_used()
+    compiled_before, searched_before = programs.compiled(), search.searched()
     kinds = {"text_generation": _load_decoder, "embedding": _load_embeddings, "tensor": _load_tensors}
     if load.task_type not in kinds:
         raise LoadError("bad_parameters", f"the engine serves no tasks of type {load.task_type!r}")
     failed: LoadError | None = None
+    if name.kind == "CPU" and load.task_type != "tensor":  # its kernels state their loops, but for trifles
+        beam = 0
     try:
-        batcher, graphs, context = kinds[load.task_type](load, slots, name, limit, progress)
+        batcher, graphs, context = kinds[load.task_type](load, slots, name, limit, progress, beam)
     except LoadError as error:
         failed = LoadError(error.code, str(error))  # the one that was raised holds what was half loaded
     except MemoryError:
@@ -104,12 +112,13 @@ def load_model(load: Load, slots: int, name: DeviceName, limit: int, progress: P
         slots=graphs.slots,
         slots_asked=slots,
         kernels_compiled=programs.compiled() - compiled_before,
+        kernels_searched=search.searched() - searched_before,
     )
     return LoadedModel(batcher, graphs, loaded)
 
 
 def _load_decoder(
-    load: Load, slots: int, name: DeviceName, limit: int, progress: Progress
+    load: Load, slots: int, name: DeviceName, limit: int, progress: Progress, beam: int
 ) -> tuple[Serving, Graphs, int]:
     checkpoint = open_checkpoint(load.path)
     family = check_family(checkpoint, load.family)
@@ -145,12 +154,12 @@ def _load_decoder(
             model = Decoder(config, weights, slots, cache_length(context), threads, name.devices)
         return GraphedModel(model, slots, context, on_cpu)
 
-    graphs = _captured(load, need, upload, progress)
+    graphs = _captured(load, need, upload, progress, beam)
     return Batcher(graphs, vocabulary), graphs, context
 
 
 def _load_embeddings(
-    load: Load, slots: int, name: DeviceName, limit: int, progress: Progress
+    load: Load, slots: int, name: DeviceName, limit: int, progress: Progress, beam: int
 ) -> tuple[Serving, Graphs, int]:
     from engine.embedding.loading import EmbeddingFiles
 
@@ -161,12 +170,12 @@ def _load_embeddings(
     size = files.checkpoint.file_size
     progress(LoadProgress(model=load.model, stage="read", done=size, total=size))
     uploads, threads = _uploads(load.model, progress), CPU_COUNT.value if on_cpu else 1
-    graphs = _captured(load, need, lambda: files.upload(uploads, threads, on_cpu), progress)
+    graphs = _captured(load, need, lambda: files.upload(uploads, threads, on_cpu), progress, beam)
     return files.batcher(graphs), graphs, files.context
 
 
 def _load_tensors(
-    load: Load, slots: int, name: DeviceName, limit: int, progress: Progress
+    load: Load, slots: int, name: DeviceName, limit: int, progress: Progress, beam: int
 ) -> tuple[Serving, Graphs, int]:
     from engine.onnx.batcher import TensorBatcher
     from engine.onnx.model import OnnxFiles, OnnxModel
@@ -179,19 +188,25 @@ def _load_tensors(
     need = files.memory_needed()
     check_first(load.model, need, limit, name)
     progress(LoadProgress(model=load.model, stage="read", done=files.size, total=files.size))
-    model = _captured(load, need, lambda: OnnxModel(files, slots), progress)
+    model = _captured(load, need, lambda: OnnxModel(files, slots), progress, beam)
     return TensorBatcher(model), model, load.context
 
 
-def _captured(load: Load, need: int, upload: Callable[[], G], progress: Progress) -> G:
+def _captured(load: Load, need: int, upload: Callable[[], G], progress: Progress, beam: int) -> G:
     """A model on the device with all its graphs. Raises LoadError when the memory was not enough after all."""
     graphs: G | None = None
+    before = search.searched()
+
+    def tell(searched: int) -> None:
+        progress(LoadProgress(model=load.model, stage="search", done=searched - before, total=0))
+
     gc.disable()  # building graphs makes millions of objects that live: collecting them took a fifth of the load
     try:
         graphs = upload()
         for done, size in enumerate(graphs.sizes):
             progress(LoadProgress(model=load.model, stage="compile", done=done, total=len(graphs.sizes)))
-            graphs.capture(size)
+            with search.searching(beam, tell):
+                graphs.capture(size)
         progress(
             LoadProgress(model=load.model, stage="compile", done=len(graphs.sizes), total=len(graphs.sizes))
         )

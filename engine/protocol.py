@@ -17,7 +17,7 @@ import msgspec
 VERSION_MIN = 1
 VERSION_MAX = 1
 FRAME_BYTES_MAX = 16 * 1024 * 1024
-OUTPUT_BYTES_MAX = 2 * 1024 * 1024  # of one run's arrays: they go in one frame, one transaction and one answer
+OUTPUT_BYTES_MAX = 2 * 1024 * 1024  # of one run's arrays: they go in one frame, one transaction, one answer
 SOCKET_ENV = "BITINGLIP_ENGINE_FD"  # number of the inherited socket's file descriptor
 
 Phase = Literal["start", "idle", "load", "warmup", "prefill", "decode"]
@@ -49,6 +49,7 @@ class Configure(Message, frozen=True, tag="configure"):
     slots_max: int = 8  # most runs at once on this device
     memory_limit_bytes: int = 0  # 0: the device's own
     cache_dir: str = ""  # private (0700) directory for compiled kernels; "" keeps none
+    beam: int = 0  # candidates that a search for faster kernels goes on with; 0: no search
     fake: dict[str, Any] = {}  # only read by the stand-in engine: speed, memory, temperature, ...
 
 
@@ -128,9 +129,9 @@ class Unusable(Message, frozen=True, tag="unusable"):
 
 class LoadProgress(Message, frozen=True, tag="load_progress"):
     model: str
-    stage: Literal["read", "upload", "compile"]
-    done: int  # of total; bytes for read and upload, graphs for compile
-    total: int
+    stage: Literal["read", "upload", "compile", "search"]  # search: only if `Configure.beam` asked for it
+    done: int  # of total; bytes for read and upload, graphs for compile, kernels for search
+    total: int  # 0: not known, for search
 
 
 class Loaded(Message, frozen=True, tag="loaded"):
@@ -141,6 +142,7 @@ class Loaded(Message, frozen=True, tag="loaded"):
     slots: int
     slots_asked: int = 0  # more than `slots`: so many did not fit into the memory. 0: not told
     kernels_compiled: int = 0  # that were not in the cache
+    kernels_searched: int = 0  # of those, see `Configure.beam`
 
 
 class LoadFailed(Message, frozen=True, tag="load_failed"):

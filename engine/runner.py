@@ -253,7 +253,9 @@ class Engine:
         log("load", model=load.model, path=load.path, context=load.context, slots=load.slots)
         try:
             slots = min(load.slots, self._configure.slots_max)
-            model = load_model(load, slots, self._name, self._memory_limit, self._progress)
+            model = load_model(
+                load, slots, self._name, self._memory_limit, self._progress, self._configure.beam
+            )
             self._models[load.model] = model
             self._outbox.send(model.loaded)
             log(
@@ -263,6 +265,7 @@ class Engine:
                 slots=model.loaded.slots,
                 slots_asked=model.loaded.slots_asked,
                 kernels_compiled=model.loaded.kernels_compiled,
+                kernels_searched=model.loaded.kernels_searched,
             )
         except LoadError as error:
             if self._stepping:  # the memory ended in another model's step, which is half done
@@ -275,12 +278,13 @@ class Engine:
     def _progress(self, progress: LoadProgress) -> None:
         """Between the pieces of a load: report, and let the other models' runs go on."""
         now = time.monotonic()
-        if progress.stage != "compile" and progress.done < progress.total and now < self._progress_due_s:
+        between = progress.done < progress.total or progress.stage == "search"
+        if progress.stage != "compile" and between and now < self._progress_due_s:
             return
         self._progress_due_s = now + PROGRESS_S
         self._read_messages(wait=False)
         self._step()
-        self._phase = "warmup" if progress.stage == "compile" else "load"
+        self._phase = "warmup" if progress.stage in ("compile", "search") else "load"
         self._outbox.send(progress, self._heartbeat())
 
     def _unload(self, name: str) -> None:

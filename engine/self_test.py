@@ -1,7 +1,7 @@
 """What was chosen is opened and tested: a device that computes something else than numpy serves nothing.
 
 Of several devices each is tested. Nothing but this file opens a device, so everything that tinygrad must be changed
-by (`engine.compilers.llvm`, `engine.compilers.opencl`, `engine.compilers.programs`) is put in place here.
+by (the modules of `engine.compilers`) is put in place here.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ def open_devices(name: DeviceName) -> DeviceFacts | None:
     from tinygrad import Device
 
     from engine import compatibility
-    from engine.compilers import llvm, opencl, programs
+    from engine.compilers import llvm, opencl, programs, search
 
-    programs.install(compatibility.digest(compatibility.facts(name)))
+    made_for = compatibility.digest(compatibility.facts(name))
+    programs.install(made_for)
+    search.install(made_for)
     llvm.install()
     opencl.install()
     # tinygrad's own is always number 0, which may be another engine's

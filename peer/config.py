@@ -102,6 +102,7 @@ class Engine(Section, frozen=True):
     slots: int = 64
     memory_limit_bytes: int = 0  # 0: the device's own
     memory_reserve_bytes: int = 256 * 1024 * 1024  # of each device, kept free
+    beam: int = 0  # width of a search for faster kernels while a model is loaded; 0: none
     stall: Stall = Stall()
     fake: FakeDevice = FakeDevice()
 
@@ -180,6 +181,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "engine.slots": (1, 256),
     "engine.memory_limit_bytes": (0, 1024**5),
     "engine.memory_reserve_bytes": (0, 1024**4),
+    "engine.beam": (0, 16),
     **{f"engine.stall.{phase}_s": (3, 7_200) for phase in limits.STALL_S},  # idle engines speak once a second
     "engine.fake.tokens_per_s": (0, 1_000_000),
     "engine.fake.load_s": (0, 3_600),

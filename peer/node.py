@@ -282,6 +282,7 @@ class _Node:
             slots_max=self._config.engine.slots,
             memory_limit_bytes=self._config.engine.memory_limit_bytes,
             cache_dir=str(cache),
+            beam=self._config.engine.beam,
             fake=msgspec.to_builtins(self._config.engine.fake),
             allowed=EngineLimits(stall_s=self._config.engine.stall.by_phase()),
         )

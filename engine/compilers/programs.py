@@ -18,7 +18,6 @@ from tinygrad.codegen import to_program
 from tinygrad.engine import realize
 from tinygrad.helpers import (
     ALLOW_TF32,
-    BEAM,
     CACHELEVEL,
     CPU_COUNT,
     DISABLE_FAST_IDIV,
@@ -41,7 +40,6 @@ from engine.compilers import pruning
 TABLE = "bitinglip_programs"
 _SETTINGS = (
     ALLOW_TF32,
-    BEAM,
     DISABLE_FAST_IDIV,
     EMULATED_DTYPES,
     IMAGE,
@@ -75,6 +73,10 @@ def stored_program(ast: UOp, renderer: Any) -> UOp:
     global _compiled
     if ast.op is Ops.PROGRAM and len(ast.src) == 5:  # compiled already
         return ast
+    if (
+        ast.op is Ops.SINK and ast.arg.beam and ast.arg.opts_to_apply is not None
+    ):  # there is nothing to search
+        ast = ast.replace(arg=replace(ast.arg, beam=0))
     key = _key(ast, renderer)
     program = _programs.get(key)
     if program is None:

@@ -111,6 +111,7 @@ class EngineProcess:
         slots_max: int = 8,
         memory_limit_bytes: int = 0,
         cache_dir: str = "",
+        beam: int = 0,
         fake: Mapping[str, Any] | None = None,
         allowed: EngineLimits | None = None,
         command: Sequence[str] = (sys.executable, "-P", "-m", "engine"),
@@ -129,6 +130,7 @@ class EngineProcess:
             slots_max=slots_max,
             memory_limit_bytes=memory_limit_bytes,
             cache_dir=cache_dir,
+            beam=beam,
             fake=dict(fake or {}) if device.stand_in else {},
         )
         self._log = log.bind(worker_id=worker_id)
@@ -386,7 +388,7 @@ class EngineProcess:
                 if message.phase != "idle":
                     self._expected = ""
             elif kind is LoadProgress:
-                self._phase = "warmup" if message.stage == "compile" else "load"
+                self._phase = "warmup" if message.stage in ("compile", "search") else "load"
             elif kind is Started:
                 self._expected = ""
             elif kind in (Loaded, LoadFailed):
