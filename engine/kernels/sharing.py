@@ -45,6 +45,8 @@ def shares(
             "not_shareable",
             f"the model's feed-forward of {feed_forward} lies in blocks of {block}, too few for {count} devices",
         )
+    if vocabulary < count:
+        raise LoadError("not_shareable", f"the model's {vocabulary} tokens are too few for {count} devices")
     ranges = (_cut(groups, count), _cut(feed_forward, count, block), _cut(vocabulary, count))
     return [
         Share(device, index == 0, *parts)

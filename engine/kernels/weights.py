@@ -213,7 +213,7 @@ class Weights:
         """Several matrices of equal width as one, one below the other; neighbours of one layout become one part."""
         read = [self._read(Piece(*part)) for part in parts]
         packable = self.matrices == MATRIX
-        runs = groupby(read, lambda each: each.layout if packable else None)
+        runs = groupby(read, lambda each: (each.layout if packable else None, each.cut, each.shape[-1]))
         return Matrix(tuple(self._loaded(list(run)) for _, run in runs))
 
     def finish(self) -> None:

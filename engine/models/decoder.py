@@ -14,6 +14,7 @@ import numpy.typing as npt
 from tinygrad import Device, Tensor
 from tinygrad.uop.ops import UOp
 
+from engine.errors import LoadError
 from engine.kernels import experts, transformer
 from engine.kernels.matrices import Matrix
 from engine.kernels.recording import copied
@@ -228,7 +229,11 @@ class _Shard:
             if weights.has(f"{name}{part}_exps.weight"):
                 return weights.matrix(f"{name}{part}_exps.weight", c.experts, *shape, **share)
             names = (f"{name}{part}.{expert}.weight" for expert in range(c.experts))
-            return weights.stacked([Piece(each, shape, **share) for each in names])
+            found = weights.stacked([Piece(each, shape, **share) for each in names])
+            if len(found.parts) > 1:
+                text = f"the experts' {name}{part} are of different kinds: not built"
+                raise LoadError("unsupported_quantisation", text)
+            return found
 
         return _Mixture(
             router=weights.precise(name + "ffn_gate_inp.weight", c.experts, c.embedding),

@@ -30,7 +30,6 @@ from tests.engine.conftest import CACHE, DEVICE
 from tests.engine.family_checks import FIXTURES, each_expert_apart
 from tests.engine.harness import EngineProcess
 
-
 F32, Q8_0 = 0, 8  # ggml types
 
 

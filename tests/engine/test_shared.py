@@ -33,12 +33,16 @@ def test_uneven_shares() -> None:
 
 
 @pytest.mark.parametrize(
-    ("devices", "groups", "words"),
-    [(4, 6, "6 key/value heads .* 4 devices"), (6, 6, "blocks of 32, too few")],
+    ("devices", "groups", "tokens", "words"),
+    [
+        (4, 6, 250, "6 key/value heads .* 4 devices"),
+        (6, 6, 250, "blocks of 32, too few"),
+        (3, 6, 2, "2 tokens are too few for 3 devices"),
+    ],
 )
-def test_what_cannot_be_shared_says_why(devices: int, groups: int, words: str) -> None:
+def test_what_cannot_be_shared_says_why(devices: int, groups: int, tokens: int, words: str) -> None:
     with pytest.raises(LoadError, match=words) as caught:
-        shares([str(number) for number in range(devices)], groups, 160, 250, 32)
+        shares([str(number) for number in range(devices)], groups, 160, tokens, 32)
     assert caught.value.code == "not_shareable"
 
 
