@@ -16,7 +16,7 @@ BROAD_EXCEPT_ALLOWED = frozenset(
         "api.http:__call__",  # any bug in a handler is a 500 without its text
         "api.wire:_run",  # one request must not take the server with it
         "api.wire:run",  # one connection must not take the others with it
-        "engine.text.folder_tokenizer:parse",  # the library raises plain Exception, or panics, on a bad file
+        "engine.text.folder_tokenizer:_tried",  # the library raises plain Exception, or panics, on a bad file
         "engine.runner:supervise",  # the device may be in any state: the process reports it and ends
         "peer.adapters.sqlite_writer:_guarded",  # whatever a write raises, the store is broken then
         "peer.adapters.telemetry_amdsmi:open_amdsmi",  # AMD's package raises anything while it is imported
