@@ -15,6 +15,7 @@ import resource
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,21 +26,28 @@ TEXT_MAX = 1600
 CODES = ("bad_model_file", "unsupported_architecture", "unsupported_tokenizer", "unsupported_quantisation")
 FIXTURES = Path(__file__).parent / "families"
 ATHERIS = importlib.util.find_spec("atheris") is not None
+os.environ |= {"DEV": "CPU:LLVM", "CACHELEVEL": "0"}  # of what an ONNX model's parser computes
 
 if ATHERIS:
     import atheris
 
     with atheris.instrument_imports(include=["engine"], enable_loader_override=False):
-        from engine import checkpoint, models
+        from engine import checkpoint, device, models
+        from engine.embedding.loading import EmbeddingFiles
         from engine.errors import EngineError
         from engine.files import gguf, safetensors
         from engine.kernels.weights import weights_bytes
+        from engine.onnx.model import MODEL, TEST, OnnxFiles, OnnxModel
+        from engine.self_test import open_devices
         from engine.text import chat, templates
 else:
-    from engine import checkpoint, models
+    from engine import checkpoint, device, models
+    from engine.embedding.loading import EmbeddingFiles
     from engine.errors import EngineError
     from engine.files import gguf, safetensors
     from engine.kernels.weights import weights_bytes
+    from engine.onnx.model import MODEL, TEST, OnnxFiles, OnnxModel
+    from engine.self_test import open_devices
     from engine.text import chat, templates
 
 PARAMETERS = {
@@ -78,6 +86,23 @@ TOKENS = [
         b"longrope",
     ),
     *(
+        b"WordPiece",
+        b"[UNK]",
+        b"\xe2\x96\x81",
+        b"unk_token",
+        b"single",
+        b"pooling_mode_cls_token",
+        b"max_seq_length",
+        b"../x",
+    ),
+    *(
+        b"\x70\x01",
+        b"raw_data",
+        b"ConstantOfShape",
+        b"'shape': (1099511627776,)",
+        b"|O8",
+    ),
+    *(
         b"{% for a in range(9999) %}",
         b"{% endfor %}",
         b"{% set x = x ~ x %}",
@@ -91,6 +116,8 @@ TOKENS = [
 
 class Target:
     """Some valid inputs, and a function that reads one as the engine does."""
+
+    codes: tuple[str, ...] = CODES  # of errors
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -119,10 +146,13 @@ class Target:
 class GgufTarget(Target):
     """Headers; the tensors' bytes are a hole of the right length."""
 
+    fixtures: tuple[str, ...] = ("llama", "qwen3", "phi3-long", "gemma3")
+    families: tuple[str, ...] = ("llama", "qwen3", "phi3", "gemma3", "mixtral")
+
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.data_bytes = 0
-        for fixture in ("llama", "qwen3", "phi3-long", "gemma3"):
+        for fixture in self.fixtures:
             path = FIXTURES / fixture / "model.gguf"
             infos = gguf.read(path).tensors.values()
             start = min(info.offset for info in infos)
@@ -133,13 +163,39 @@ class GgufTarget(Target):
         path = self.folder / "model.gguf"
         path.write_bytes(data)
         os.truncate(path, len(data) + self.data_bytes)
-        self.use(path, ("llama", "qwen3", "phi3", "gemma3", "mixtral"))
+        self.use(path, self.families)
+
+
+def use_for_embeddings(path: Path, families: tuple[str, ...]) -> None:
+    """What a load and a count do for a model of embeddings; the last family's error is raised if none can be read."""
+    for family in families:
+        try:
+            files = EmbeddingFiles.read(str(path), family, 2, 128)
+            files.encoder.encode("Hi there 12, na\u00efve \u4f60")
+            assert files.memory_needed(True) > 0
+            return
+        except EngineError:
+            if family == families[-1]:
+                raise
+
+
+class EmbeddingGgufTarget(GgufTarget):
+    """The same, of models of embeddings: WordPiece and pooling."""
+
+    fixtures = ("bert", "qwen3-embedding")
+    families = ("bert", "qwen3")
+
+    def use(self, path: Path, families: tuple[str, ...]) -> None:
+        use_for_embeddings(path, families)
 
 
 class FolderTarget(Target):
     """One of a folder's files; the first byte says which, the others stay valid."""
 
-    files = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", safetensors.INDEX)
+    files: tuple[str, ...] = (
+        *("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"),
+        safetensors.INDEX,
+    )
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -165,6 +221,58 @@ class FolderTarget(Target):
         path = self.folder / "model.safetensors"
         os.truncate(path, path.stat().st_size + self.data_bytes)
         self.use(self.folder, tuple(models.FAMILIES))
+
+
+class EmbeddingFolderTarget(Target):
+    """The same, of a model of embeddings."""
+
+    files = (
+        *("modules.json", "1_Pooling/config.json", "tokenizer.json", "config.json"),
+        "sentence_bert_config.json",
+    )
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        for name in (*self.files, "model.safetensors"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes((FIXTURES / "bert" / name).read_bytes())
+        self.valid = {name: (folder / name).read_bytes() for name in self.files}
+        self.seeds = [bytes([index]) + self.valid[name] for index, name in enumerate(self.files)]
+        for index, name in enumerate(self.files[:2]):
+            self.seeds.append(bytes([index]) + (FIXTURES / "qwen3-embedding" / name).read_bytes())
+
+    def read(self, data: bytes) -> None:
+        changed = self.files[(data[0] if data else 0) % len(self.files)]
+        (self.folder / changed).write_bytes(data[1:])
+        try:
+            use_for_embeddings(self.folder, ("bert",))
+        finally:
+            (self.folder / changed).write_bytes(self.valid[changed])
+
+
+class OnnxTarget(Target):
+    """A model, its test, or an array of it, as the first byte says; operators compute nothing here."""
+
+    codes = (*CODES, "out_of_memory")  # of lengths that the parser believes
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        open_devices(device.parse("CPU"))
+        with zipfile.ZipFile(FIXTURES / "onnx" / TEST) as archive:
+            self.arrays = {name: archive.read(name) for name in archive.namelist()}
+        self.valid = {name: (FIXTURES / "onnx" / name).read_bytes() for name in (MODEL, TEST)}
+        self.seeds = [b"\0" + self.valid[MODEL], b"\1" + self.valid[TEST]]
+        self.seeds.append(b"\2" + self.arrays["0.input.extra.npy"])
+
+    def read(self, data: bytes) -> None:
+        kind, data = (data[0] if data else 0) % 3, data[1:]
+        (self.folder / MODEL).write_bytes(data if kind == 0 else self.valid[MODEL])
+        (self.folder / TEST).write_bytes(data if kind == 1 else self.valid[TEST])
+        if kind == 2:
+            with zipfile.ZipFile(self.folder / TEST, "w") as archive:
+                for name, array in self.arrays.items():
+                    archive.writestr(name, data if name == "0.input.extra.npy" else array)
+        OnnxModel(OnnxFiles.read(str(self.folder)), 1).free()
 
 
 class TemplateTarget(Target):
@@ -194,6 +302,9 @@ TARGETS: dict[str, Callable[[Path], Target]] = {
     "gguf": GgufTarget,
     "folder": FolderTarget,
     "template": TemplateTarget,
+    "embedding-gguf": EmbeddingGgufTarget,
+    "embedding-folder": EmbeddingFolderTarget,
+    "onnx": OnnxTarget,
 }
 
 
@@ -226,7 +337,7 @@ def checked(target: Target, data: bytes) -> None:
         target.read(data)
     except EngineError as error:
         said = error
-    assert said is None or (said.code in CODES and len(str(said)) < TEXT_MAX), said
+    assert said is None or (said.code in target.codes and len(str(said)) < TEXT_MAX), said
     took = time.process_time() - began
     assert took < INPUT_SECONDS_MAX, f"{took:.1f} s"
 

@@ -16,7 +16,9 @@ SECONDS = 4
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("target", ["gguf", "folder", "template"])
+@pytest.mark.parametrize(
+    "target", ["gguf", "folder", "template", "embedding-gguf", "embedding-folder", "onnx"]
+)
 def test_only_clear_errors(target: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.engine.fuzz", target, str(SECONDS)],
