@@ -181,6 +181,67 @@ def attention(_: Path) -> None:
     vectors.usable = usable
 
 
+def neighbours(_: Path) -> None:
+    """A row's attention is as numpy gives it, whatever rows are beside it: of its prompt, of other runs, padding.
+
+    To the last bit on a CPU with whole vectors, where what an earlier run left behind a row's position is not looked at.
+    """
+    length, before = 96, 67
+    for heads, groups, width, window in (
+        (9, 3, 64, 0),
+        (4, 4, 32, 0),
+        (2, 1, 256, 0),
+        (6, 2, 64, 20),
+        (7, 1, 16, 0),
+    ):
+        empty = np.zeros((2, 3, groups, length, width), dtype=np.float16)
+        cache, known = upload(empty), {}
+        for slot in (0, 1):
+            qkv = floats(length - 1, (heads + 2 * groups) * width)
+            if transformer.in_vectors(cache):
+                qkv[before:] = np.nan
+            still = np.stack([np.ones((length - 1, width // 2)), np.zeros((length - 1, width // 2))])
+            places = (
+                upload(np.array(each, dtype=np.int32)) for each in ([slot] * (length - 1), range(length - 1))
+            )
+            cache = transformer.write_cache(
+                cache, upload(qkv), upload(still.astype(np.float32)), *places, heads
+            )
+            half = qkv.astype(np.float16).astype(np.float64).reshape(length - 1, -1, width)
+            known[slot] = np.split(half, [heads, heads + groups], axis=1)[1:]
+        queries = floats(8, heads, width) / np.float32(width**0.5)
+        for slots, positions in (
+            ([0] * 8, list(range(59, 67))),
+            ([1, *[0] * 7], [40, *range(60, 67)]),
+            ([0] * 8, [*range(30, 36), length - 1, length - 1]),
+            ([0, 1] * 4, [3, 66, 31, 32, 33, 0, 64, 63]),
+        ):
+            got = _attended(cache, queries, slots, positions, window)
+            for row, (slot, own) in enumerate(zip(slots, positions, strict=True)):
+                if own == length - 1:
+                    continue
+                alone = _attended(cache, queries[row : row + 1], [slot], [own], window)[0]
+                if transformer.in_vectors(cache):
+                    np.testing.assert_array_equal(got[row], alone)
+                first = max(0, own + 1 - window) if window else 0
+                keys, values_ = (
+                    np.repeat(each[first : own + 1], heads // groups, axis=1) for each in known[slot]
+                )
+                scores = np.exp(np.einsum("hd,khd->hk", queries[row].astype(np.float64), keys))
+                right = np.einsum("hk,khd->hd", scores / scores.sum(-1, keepdims=True), values_).reshape(-1)
+                np.testing.assert_allclose(got[row], right, rtol=1e-3, atol=1e-4)
+
+
+def _attended(
+    cache: Tensor, queries: np.ndarray, slots: list[int], positions: list[int], window: int
+) -> np.ndarray:
+    places = (upload(np.array(each, dtype=np.int32)) for each in (slots, positions))
+    length = UOp.variable("length", 1, cache.shape[3]).bind(
+        max(p for p in positions if p < cache.shape[3] - 1) + 1
+    )
+    return transformer.attention(upload(queries), cache, *places, length, window).numpy()
+
+
 def choices(_: Path) -> None:
     """The best experts and their shares, also of one; a score that is no number is chosen and shows in the shares."""
     for count, used in ((1, 1), (5, 1), (5, 3), (4, 4)):
@@ -298,5 +359,5 @@ def wrong(_: Path) -> None:
 
 if __name__ == "__main__":
     open_suites()
-    checks = (decoders, mixtures, attention, choices, recorded, stored, wrong)
+    checks = (decoders, mixtures, attention, neighbours, choices, recorded, stored, wrong)
     {check.__name__: check for check in checks}[sys.argv[1]](Path(sys.argv[2]))
