@@ -184,7 +184,7 @@ def attention(_: Path) -> None:
 def neighbours(_: Path) -> None:
     """A row's attention is as numpy gives it, whatever rows are beside it: of its prompt, of other runs, padding.
 
-    To the last bit on a CPU with whole vectors, where what an earlier run left behind a row's position is not looked at.
+    To the last bit where vectors are whole, and there what an earlier run left behind a row's position is not seen.
     """
     length, before = 96, 67
     for heads, groups, width, window in (
