@@ -63,12 +63,11 @@ def _of_folder(folder: Folder) -> TextEncoder:
         raise bad_file(path, f"it is no tokenizer ({error})") from None
     if kind == "WordPiece":
         found = folder_tokenizer.parse(path, text)
+        unknown = found.model.unk_token
+        if found.model.token_to_id(unknown) is None:  # a word that it does not know would raise
+            raise bad_file(path, f"it has no token {unknown[:40]!r} for what it does not know")
     else:  # the others' reader knows what it can and cannot read
         found = folder_tokenizer.from_text(folder, text).tokenizer
-    if (
-        kind == "WordPiece" and found.token_to_id(found.model.unk_token) is None
-    ):  # an unknown word would raise
-        raise bad_file(path, f"it has no token {found.model.unk_token[:40]!r} for what it does not know")
     found.no_truncation()
     found.no_padding()
     plain: list[int] = found.encode(_PROBE, add_special_tokens=False).ids
