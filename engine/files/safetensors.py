@@ -23,6 +23,7 @@ HEADER_BYTES_MAX = 8 * 1024 * 1024
 JSON_BYTES_MAX = 8 * 1024 * 1024  # of config.json and the index
 TOKENIZER_BYTES_MAX = 64 * 1024 * 1024
 FILES_MAX = 1024
+INTEGER_MAX = 1 << 62  # of config.json: JSON has no bound, and what is computed with them has
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -69,11 +70,7 @@ class Folder:
 
     def number(self, key: str, default: float | None = None) -> float:
         """A number. Raises LoadError when it is absent (or null) without a default or is none."""
-        value = self._value(key, (int, float), default)
-        try:
-            return float(value)
-        except OverflowError:  # an integer of any length
-            raise bad_file(self.path, f"{key} in config.json is {str(value)[:40]!r}") from None
+        return float(self._value(key, (int, float), default))
 
     def flag(self, key: str, default: bool) -> bool:
         """True or false. Raises LoadError when it is something else."""
@@ -94,7 +91,8 @@ class Folder:
         value: Any = default if given is None else given
         if value is None:
             raise bad_file(self.path, f"config.json has no {key}")
-        if not isinstance(value, kind) or isinstance(value, bool):
+        long = isinstance(value, int) and abs(value) > INTEGER_MAX
+        if not isinstance(value, kind) or isinstance(value, bool) or long:
             raise bad_file(self.path, f"{key} in config.json is {str(value)[:40]!r}")
         return value
 

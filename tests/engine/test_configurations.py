@@ -68,10 +68,11 @@ def test_files_that_describe_no_model(
     ("fixture", "family", "changes", "words"),
     [
         ("mistral-window", "mistral", {"sliding_window": -5}, "window of -5"),
-        ("mistral-window", "mistral", {"sliding_window": 2**70}, "window of 1180591620717411303424"),
+        ("mistral-window", "mistral", {"sliding_window": 2**40}, "window of 1099511627776"),
         ("llama3", "llama", {"rms_norm_eps": 10**400}, "rms_norm_eps"),
         ("llama3", "llama", {"num_attention_heads": 0, "head_dim": None}, "sizes make no sense"),
         ("llama3", "llama", {"head_dim": 10**12}, "rotary factors"),
+        ("mistral-window", "mistral", {"head_dim": 10**400}, "head_dim in config.json is '1000"),
         ("qwen3", "qwen3", {"head_dim": 10**12}, "sizes make no sense"),
         ("llama3", "llama", {"rope_parameters": {"rope_theta": 10**400}}, "rotary parameter"),
         ("llama3", "llama", {"rope_parameters": {"rope_theta": 1e300}}, "rotary parameter is 1e\\+300"),
