@@ -291,6 +291,10 @@ def reconcile(snapshot: Snapshot, now: float) -> Decision:
             if _begin(snapshot, now, model, worker_id, decision, may_go):
                 candidates.remove(worker_id)
                 break
+        else:
+            kept = _kept_for(snapshot, now, model, candidates)
+            if kept:
+                candidates.remove(kept)
     return decision
 
 
@@ -302,8 +306,7 @@ def _attempts(
     able = _by_preference(snapshot, model, candidates)
     for worker_id in able:
         yield worker_id, _evictable(snapshot, worker_id)
-    (_, first), *_ = snapshot.queues[model.name]
-    if now - snapshot.tasks[first].created_at < KEPT_OUT_S:
+    if not _is_kept_out(snapshot, now, model):
         return
     busy = {worker_id: _had_their_turn(snapshot, now, model, worker_id) for worker_id in able}
     for worker_id in sorted(able, key=lambda w: (sum(held_of(snapshot, w, name) for name in busy[w]), w)):
@@ -311,23 +314,62 @@ def _attempts(
             yield worker_id, _evictable(snapshot, worker_id) + busy[worker_id]
 
 
+def _is_kept_out(snapshot: Snapshot, now: float, model: Model) -> bool:
+    """Whether its tasks have waited long enough to send busy models away."""
+    (_, first), *_ = snapshot.queues[model.name]
+    return now - snapshot.tasks[first].created_at >= KEPT_OUT_S
+
+
 def _had_their_turn(snapshot: Snapshot, now: float, model: Model, worker_id: str) -> list[str]:
-    """Ready models that only tasks hold here, and none that goes before this model's: they drain when they have been
-    here for long enough to be worth their loads."""
-    first = snapshot.queues[model.name][0]
-    turn_s = max(TURN_S, TURN_LOADS * load_seconds(snapshot, model, worker_id))
-    moving_here = _moving_to(snapshot, worker_id)
+    """Busy models that drain for this one: they have been here for long enough to be worth their loads."""
     found = [
-        r.model_name
+        r.model_name for r in _busy(snapshot, model, worker_id) if not _turn_left_s(snapshot, now, model, r)
+    ]
+    return sorted(found, key=lambda name: (held_of(snapshot, worker_id, name), name))
+
+
+def _busy(snapshot: Snapshot, model: Model, worker_id: str) -> list[Replica]:
+    """Ready models that only tasks hold here, and none that goes before this model's."""
+    first = snapshot.queues[model.name][0]
+    moving_here = _moving_to(snapshot, worker_id)
+    return [
+        r
         for r in snapshot.replicas[worker_id].values()
         if takes_tasks(snapshot, r)
-        and not 0 <= now - r.since < turn_s
         and (worker_id, r.model_name) not in snapshot.assignments
         and r.model_name not in moving_here
         and (held_of(snapshot, worker_id, r.model_name) or r.model_name in snapshot.queues)
         and snapshot.queues.get(r.model_name, [first])[0] >= first
     ]
-    return sorted(found, key=lambda name: (held_of(snapshot, worker_id, name), name))
+
+
+def _turn_left_s(snapshot: Snapshot, now: float, model: Model, replica: Replica) -> float:
+    """How long this busy one yet stays before it drains for the model. A clock that is ahead says nothing."""
+    turn_s = max(TURN_S, TURN_LOADS * load_seconds(snapshot, model, replica.worker_id))
+    here_s = now - replica.since
+    return turn_s - here_s if 0 <= here_s < turn_s else 0.0
+
+
+def _kept_for(snapshot: Snapshot, now: float, model: Model, candidates: list[str]) -> str:
+    """Where the turn of a model that is served nowhere comes first, "" if it is not kept out or fits nowhere. What goes
+    after it is not loaded there: else small ones, which come one by one, would never all have had theirs."""
+    served = any(serves(snapshot, now, w, model.name) for w in snapshot.index.placed.get(model.name, {}))
+    if served or not _is_kept_out(snapshot, now, model):
+        return ""
+    found = []
+    for worker_id in candidates:
+        here = snapshot.replicas[worker_id]
+        unloaded = (worker_id, model.name) in snapshot.draining
+        if not can_run(snapshot, model, worker_id) or model.name in here or unloaded:
+            continue
+        busy = _busy(snapshot, model, worker_id)
+        going = {name for name in here if (worker_id, name) in snapshot.draining}
+        going.update(_evictable(snapshot, worker_id), (r.model_name for r in busy))
+        room = memory(snapshot, worker_id, without=frozenset(going))
+        if memory_needed(snapshot, model, worker_id) <= room.free:
+            left_s = max((_turn_left_s(snapshot, now, model, r) for r in busy), default=0.0)
+            found.append((left_s, worker_id))
+    return min(found)[1] if found else ""
 
 
 def _finish_drains(snapshot: Snapshot, now: float, decision: Decision) -> None:

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from msgspec.structs import replace as changed
+
 from peer.decide import place, view
 from peer.decide.decision import Decision
 from peer.decide.record import report
 from peer.limits import KEPT_OUT_S, TURN_LOADS, TURN_S
-from peer.state.model import Draining, LoadProfile
+from peer.state.model import Draining, LoadProfile, Replica
 from peer.state.order import LoadReplica, UnloadReplica
 from peer.state.snapshot import Save
 from peer.state.worker import Telemetry
-from tests.decide.build import GIB, T0, World, finished, replica, worker_report
+from tests.decide.build import (
+    CATALOGUE,
+    GIB,
+    SMALL,
+    T0,
+    World,
+    finished,
+    replica,
+    snapshot,
+    worker_report,
+)
 from tests.decide.test_place import assign, reconcile
 
 
@@ -133,3 +145,55 @@ def test_a_worker_that_is_too_small_loses_nothing() -> None:
     full_of_others = Telemetry(memory_total_bytes=8 * GIB, memory_used_bytes=6 * GIB, utilization_percent=1.0)
     world.hear(worker_report("w1", replica("small"), telemetry=full_of_others))
     assert leaving(world) == {}
+
+
+OTHERS = {name: changed(SMALL, name=name) for name in ("a", "b", "c")} | {
+    "huge": changed(SMALL, name="huge", memory_bytes=64 * GIB)
+}
+
+
+def rotating(*workers: str, waits: str = "large") -> World:
+    """Models of half a device that come one after the other; the first of them had its turn, the second not yet."""
+    world = World(snapshot(catalogue={**CATALOGUE, **OTHERS}))
+    for worker in workers:
+        world.worker(worker)
+    world.submit(waits)
+    world.submit("c")
+    world.later(TURN_S)
+    for worker in workers:
+        had, has_not = ("a", "b") if worker == "w1" else ("a", "small")
+        replicas = [
+            sized(had, T0 - TURN_S),
+            sized(has_not, T0 + TURN_S / 2 if worker == "w1" else T0 + TURN_S),
+        ]
+        world.hear(worker_report(worker, *replicas))
+        for model in (had, has_not):
+            world.held(model, worker)
+    return world
+
+
+def sized(model: str, since: float) -> Replica:
+    return replica(model, since=since, slots=1, memory_bytes=SMALL.memory_bytes)
+
+
+def test_small_models_that_come_one_by_one_do_not_keep_a_large_one_out() -> None:
+    world = rotating("w1")
+    assert leaving(world) == {}  # "c" waits, too, and would have the place of "a" for a turn
+    world.later(TURN_S / 2)
+    world.hear(worker_report("w1", sized("a", T0 - TURN_S), sized("b", T0 + TURN_S / 2)))
+    assert list(leaving(world)) == [("w1", "a"), ("w1", "b")]
+    assert world.batch.reasons[0] == "a leaves w1 to make room for large"
+
+
+def test_one_worker_is_kept_free_where_the_wait_is_shortest() -> None:
+    world = rotating("w1", "w2")
+    assert list(leaving(world)) == [("w2", "a")]
+    assert world.batch.reasons == ["a leaves w2 to make room for c"]
+
+
+def test_nothing_is_kept_free_for_a_model_that_is_served_or_fits_nowhere() -> None:
+    world = rotating("w1")
+    world.worker("w0", replica("large"))
+    assert ("w1", "a") in leaving(world)
+    world = rotating("w1", waits="huge")
+    assert list(leaving(world)) == [("w1", "a")]
