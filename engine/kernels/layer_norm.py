@@ -1,4 +1,4 @@
-"""The kernels that encoders need beside those of `engine.kernels`: LayerNorm, exact GELU, sums of table rows.
+"""The kernels that encoders need beside those of `transformer`: LayerNorm, exact GELU, sums of table rows.
 
 R rows, I inputs; activations float32.
 """

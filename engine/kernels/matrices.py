@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from tinygrad import Tensor, dtypes
-from tinygrad.dtype import DType
 from tinygrad.uop.ops import AxisType, Ops, UOp
 
 from engine.files.gguf import TYPES
@@ -50,10 +49,6 @@ class Layout:
     def elements(self) -> int:
         """Integers of a word."""
         return 32 // self.bits
-
-    @property
-    def scale_dtype(self) -> DType:
-        return dtypes.float32 if self.wide else dtypes.float16
 
     def nbytes(self, outputs: int, inputs: int) -> int:
         """Of the device."""

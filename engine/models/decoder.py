@@ -1,7 +1,8 @@
 """What all decoder families share: their configuration, their tensors on the device, one step's computation.
 
-A family's file says how its file describes a model; everything else is here. Names as in `engine.kernels`: R rows,
-H heads, G key/value heads, D head dimension, C cache length; E embedding, F feed-forward, V vocabulary, X experts.
+A family's file says how its file describes a model; everything else is here. Names as in
+`engine.kernels.transformer`: R rows, H heads, G key/value heads, D head dimension, C cache length; E embedding,
+F feed-forward, V vocabulary, X experts.
 """
 
 from __future__ import annotations

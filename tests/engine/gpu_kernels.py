@@ -85,7 +85,8 @@ def encoders(x: Tensor, tokens: Tensor) -> None:
 def packed(layout: Layout, outputs: int, inputs: int) -> Matrix:
     panels = -(-outputs // LANES)
     words = Tensor.ones(panels, inputs // layout.elements, LANES, dtype=dtypes.uint32).contiguous()
-    scales = Tensor.ones(panels, inputs // layout.group, LANES, dtype=layout.scale_dtype).contiguous()
+    kind = dtypes.float32 if layout.wide else dtypes.float16
+    scales = Tensor.ones(panels, inputs // layout.group, LANES, dtype=kind).contiguous()
     tensors = (words, scales, scales) if layout.minimum else (words, scales)
     return Matrix((Part(PackedForm(outputs, inputs, layout), tensors),))
 
