@@ -1,8 +1,8 @@
 """The kernels of a mixture of experts: each row's best experts, and products with their matrices only.
 
-As in `engine.kernels.transformer`: R rows, I inputs, O outputs, F the experts' inner size; X experts, K of them for each
-row. The experts' matrices lie one below the other, [X O, I]. Every row reads its own experts' weights, which is what
-decoding needs; a prompt's rows that share an expert read it once each.
+As in `engine.kernels.transformer`: R rows, I inputs, O outputs, F the experts' inner size; X experts, K of them for
+each row. The experts' matrices lie one below the other, [X O, I]. Every row reads its own experts' weights, which is
+what decoding needs; a prompt's rows that share an expert read it once each.
 """
 
 from __future__ import annotations
