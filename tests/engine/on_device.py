@@ -1,12 +1,14 @@
 """A script: `python -m tests.engine.on_device OUT DEVICE [brief|full FIXTURE:FORMAT ...]`, as an engine opens a device.
 
 It opens and tests the device (or several), loads each family's tiny model on it and compares it with its reference.
-OUT gets a JSON object: "refused", or "name", "memory", "self_test_s" and "models".
+OUT gets a JSON object: "refused", or "name", "memory", "self_test_s", "models" and "searched", a number of kernels:
+with ENGINE_BEAM, a width, they are searched, ENGINE_SEARCH_S seconds each. ENGINE_CACHE keeps them elsewhere.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,22 @@ def main(word: str, extent: str, models: list[str]) -> dict[str, Any]:
     try:
         name = device.parse(word)
         facts = device.examine(name)
-        device.choose(name, str(CACHE))
+        device.choose(name, os.environ.get("ENGINE_CACHE", str(CACHE)))
         facts = open_devices(name) or facts
         found: dict[str, Any] = {"self_test_s": self_test(name)}
     except DeviceUnusable as error:
         return {"refused": [error.code, str(error)]}
     found |= {"name": facts.name, "memory": facts.memory_bytes, "models": {}}
-    for model in models:
-        try:
-            found["models"][model] = compared(name, extent, *model.split(":"))
-        except LoadError as error:
-            found["models"][model] = {"refused": [error.code, str(error)]}
-    return found
+    from engine.compilers import search
+
+    search.KERNEL_S_MAX = float(os.environ.get("ENGINE_SEARCH_S", search.KERNEL_S_MAX))
+    with search.searching(int(os.environ.get("ENGINE_BEAM", "0")), lambda _: None):
+        for model in models:
+            try:
+                found["models"][model] = compared(name, extent, *model.split(":"))
+            except LoadError as error:
+                found["models"][model] = {"refused": [error.code, str(error)]}
+    return found | {"searched": search.searched()}
 
 
 def compared(name: device.DeviceName, extent: str, fixture: str, kind: str) -> dict[str, Any]:

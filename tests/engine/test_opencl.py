@@ -18,3 +18,13 @@ def test_models_on_opencl(tmp_path: Path) -> None:
         pytest.skip(found["refused"][1])
     check_models(found, 0.15)
     assert found["memory"] > 0
+
+
+def test_searched_kernels_on_opencl(tmp_path: Path) -> None:
+    """Each for a moment only: PoCL takes a second for each candidate."""
+    search = {"ENGINE_BEAM": "2", "ENGINE_SEARCH_S": "1", "ENGINE_CACHE": str(tmp_path / "cache")}
+    found = compare("CL", tmp_path / "found.json", MODELS[:1], timeout_s=900, **search)
+    if "refused" in found and found["refused"][0] == "no_device":
+        pytest.skip(found["refused"][1])
+    check_models(found, 0.15)
+    assert found["searched"] > 10
