@@ -19,6 +19,7 @@ from tinygrad.uop.ops import UOp
 from engine.batching.batcher import Row
 from engine.batching.pacing import Bucket
 from engine.batching.speculation import PROPOSED_MAX
+from engine.errors import LoadError
 from engine.kernels.recording import recording
 from engine.kernels.slot_copy import SlotCopy
 from engine.kernels.weights import fill, upload
@@ -50,6 +51,12 @@ def _decoding_max(slots: int) -> int:
 def cache_length(context: int) -> int:
     """C: the context and the spare position, in whole vectors."""
     return -(-(context + 1) // 32) * 32
+
+
+def check_numbers(computed: npt.NDArray[np.float32]) -> None:
+    """Raises LoadError if what a model's first steps give is not finite: a run would take it for the device's fault."""
+    if not np.isfinite(computed).all():
+        raise LoadError("bad_model_file", "what the file's weights give is not all finite numbers")
 
 
 class _Bucket:
@@ -101,7 +108,10 @@ class GraphedModel:
         self._copy = SlotCopy(model.caches)
 
     def capture(self, size: int) -> None:
-        """Build a bucket's graph and run it, so that its kernels are compiled, its memory taken, its time known."""
+        """Build a bucket's graph and run it, so that its kernels are compiled, its memory taken, its time known.
+
+        Raises LoadError on a model that gives no numbers.
+        """
         logits = logits_rows(size, self.slots)
         graph = self._graphs[size] = _Bucket(self._model, size, logits)
         far = max(1, self.context // 4)
@@ -109,8 +119,9 @@ class GraphedModel:
         for position in (0, 0, far):  # the first one may be slower than any later
             rows = [Row(0, 0, min(position + at, self.context - 1)) for at in range(size)]
             began = time.monotonic()
-            graph.step(rows, [])
+            found = graph.step(rows, [size - 1])
             took_s.append(time.monotonic() - began)
+        check_numbers(found)
         near_s = min(took_s)
         self.buckets.append(Bucket(size, logits, near_s, (took_s[-1] - near_s) / (size * far)))
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from tinygrad import Tensor
 from tinygrad.uop.ops import UOp
 
+from engine.graphs import check_numbers
 from engine.kernels.recording import recording
 from engine.kernels.weights import fill, upload
 
@@ -114,7 +115,7 @@ class StatesModel:
     def capture(self, size: int) -> None:
         """Build a bucket's graph and run it, so that its kernels are compiled and its memory taken."""
         bucket = self._buckets[size] = _Bucket(self._network, size)
-        bucket.step([])
+        check_numbers(bucket.step([StateRow(0, 0, 0, 0)]))
 
     def step(self, rows: Sequence[StateRow]) -> npt.NDArray[np.float32]:
         """-> [len(rows), E]."""

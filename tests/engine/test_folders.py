@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.checkpoint import open_checkpoint, vocabulary_of
@@ -129,6 +130,23 @@ def test_the_engine_lives_through_experts_of_different_kinds(engine: EngineProce
     assert isinstance(failed, LoadFailed)
     assert (failed.code, "different kinds" in failed.message) == ("unsupported_quantisation", True)
     assert isinstance(loaded(engine, "apart", apart.path, "mixtral"), Loaded)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_the_engine_lives_through_weights_that_are_no_numbers(
+    engine: EngineProcess, tmp_path: Path, broken: float
+) -> None:
+    """A run would take their logits for a fault of the device, which ends the engine."""
+    whole = gguf.read(FIXTURES / "llama" / "model.gguf")
+    data = bytearray(whole.path.read_bytes())
+    at = whole.tensors["output_norm.weight"].offset
+    data[at : at + 4] = np.float32(broken).tobytes()
+    path = tmp_path / "broken.gguf"
+    path.write_bytes(data)
+    failed = loaded(engine, "broken", path, "llama")
+    assert isinstance(failed, LoadFailed)
+    assert (failed.code, "finite" in failed.message) == ("bad_model_file", True)
 
 
 # ---------------------------------------------------------------- readers only
