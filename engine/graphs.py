@@ -25,16 +25,20 @@ from engine.kernels.slot_copy import SlotCopy
 from engine.kernels.weights import fill, upload
 from engine.models.decoder import Decoder
 
-PROMPT_ROWS_CPU = (16, 32)  # beyond those of decoding: for prompts beside streams, and for prompts alone
+# for decoding; a CPU takes nearly twice as long for twice the rows
+DECODE_ROWS_CPU = (1, 2, 4, 8, 16, 32, 64)
+DECODE_ROWS_GPU = (1, 4, 8, 16, 32, 64)
+# beyond those: for prompts beside streams, and for prompts alone
+PROMPT_ROWS_CPU = (12, 16, 32)
 PROMPT_ROWS_GPU = (32, 128)
-_BUCKETS = (1, 4, 8, 16, 32, 64)
 
 
 def bucket_sizes(slots: int, on_cpu: bool) -> list[int]:
     """Buckets up to the number of slots and of what one run may decode at once, and some for prompts."""
     most = _decoding_max(slots)
-    decode = [size for size in _BUCKETS if size < most] + [next((s for s in _BUCKETS if s >= most), most)]
+    sizes = DECODE_ROWS_CPU if on_cpu else DECODE_ROWS_GPU
     prompt = PROMPT_ROWS_CPU if on_cpu else PROMPT_ROWS_GPU
+    decode = [size for size in sizes if size < most] + [next((s for s in sizes if s >= most), most)]
     return sorted({*decode, *(size for size in prompt if size > decode[-1])})
 
 
@@ -117,7 +121,11 @@ class GraphedModel:
         far = max(1, self.context // 4)
         took_s = []
         for position in (0, 0, far):  # the first one may be slower than any later
-            rows = [Row(0, 0, min(position + at, self.context - 1)) for at in range(size)]
+            # a prompt's rows behind one of another run, as they come where their time matters
+            rows = [
+                Row(0, self.slots - 1 if at == 0 else 0, min(position + at, self.context - 1))
+                for at in range(size)
+            ]
             began = time.monotonic()
             found = graph.step(rows, [size - 1])
             took_s.append(time.monotonic() - began)

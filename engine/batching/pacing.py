@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SLOWDOWN_MAX = 2.25  # a step that also has prompts, beside one that only decodes: a gap of 3 is noticed
+SLOWDOWN_MAX = 2.0  # a step that also has prompts, beside one that only decodes: a gap of 3 is noticed
+LOOKING_BACK = 0.25  # of the smallest step's time may be added to it by what a prompt's rows look back at
 OBSERVED_WEIGHT = 0.2
-UNOBSERVED_WEIGHT = (
-    0.005  # old measurements of one size fade towards what the others say, in hundreds of steps
-)
+UNOBSERVED_WEIGHT = 0.001  # old measurements of one size fade towards what others say, in thousands of steps
 SPIKE_MAX = 2.0  # a step that waited for something else counts for at most so much more than the estimate
 
 
@@ -82,8 +81,9 @@ def _at_warm_up(bucket: Bucket, attended: float) -> float:
 def prompt_rows(times: StepTimes, decoding: Sequence[int], position: int) -> int:
     """Rows for prompts in a step beside rows that decode: all there are if nothing decodes.
 
-    Else as many as leave the step at most SLOWDOWN_MAX times as long as decoding alone, and those of the smallest size
-    with any room if there is no such step. `decoding`: the decoding rows' positions; `position`: the furthest prompt's.
+    Else as many as leave the step at most SLOWDOWN_MAX times as long as decoding alone; of the smallest size with any
+    room, as it has to be taken, those that do not make it much longer, and one at least. `decoding`: the decoding rows'
+    positions; `position`: the furthest prompt's.
     """
     if not decoding:
         return times.rows_max
@@ -91,12 +91,14 @@ def prompt_rows(times: StepTimes, decoding: Sequence[int], position: int) -> int
     if not roomy:
         return 0
     attended = sum(decoding)
-    allowed = SLOWDOWN_MAX * times.seconds(times.fitting(len(decoding)), attended)
-    rows = (
-        int(min(bucket.rows - len(decoding), times.rows_within(bucket, allowed, attended, position)))
-        for bucket in roomy
-    )
-    return max(rows) or roomy[0].rows - len(decoding)
+    bearable = SLOWDOWN_MAX * times.seconds(times.fitting(len(decoding)), attended)
+    smallest = (1 + LOOKING_BACK) * times.seconds(roomy[0], attended)
+    most = 1
+    for bucket in roomy:
+        allowed = max(bearable, smallest) if bucket is roomy[0] else bearable
+        room = bucket.rows - len(decoding)
+        most = max(most, int(min(room, times.rows_within(bucket, allowed, attended, position))))
+    return most
 
 
 def share(remaining: Sequence[int], rows: int) -> list[int]:
