@@ -11,15 +11,15 @@ import structlog
 import trio
 
 from peer import identity
-from peer.adapters import renewal
-from peer.adapters.cluster_files import SERF_FOLDER, Belonging, ClusterFiles
-from peer.adapters.enrolment import EnrolmentServer
-from peer.adapters.etcd_member import Certificates
-from peer.adapters.etcd_voting import EtcdVoting, ExternalVoting
-from peer.adapters.serf_agent import AgentConfig, SerfAgent
-from peer.adapters.serf_gossip import SerfGossip
-from peer.adapters.serf_rpc import SerfRpc
-from peer.adapters.tls_network import TlsNetwork
+from peer.adapters.gossip.serf_agent import AgentConfig, SerfAgent
+from peer.adapters.gossip.serf_gossip import SerfGossip
+from peer.adapters.gossip.serf_rpc import SerfRpc
+from peer.adapters.links import renewal
+from peer.adapters.links.cluster_files import SERF_FOLDER, Belonging, ClusterFiles
+from peer.adapters.links.enrolment import EnrolmentServer
+from peer.adapters.links.tls_network import TlsNetwork
+from peer.adapters.stores.etcd_member import Certificates
+from peer.adapters.stores.etcd_voting import EtcdVoting, ExternalVoting
 from peer.cluster_peer import ClusterPeer, Identity
 from peer.config import Config
 from peer.decide.voters import Bounds

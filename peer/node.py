@@ -23,17 +23,17 @@ import trio
 from api.app import ApiApp, create_app
 from api.serve import serve
 from peer import credentials, identity, limits, logs
-from peer.adapters import migration
-from peer.adapters.catalogue import read_catalogue
 from peer.adapters.clock import SystemClock, SystemEntropy
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.devices import find_devices
-from peer.adapters.engine_process import EngineLimits, EngineProcess
-from peer.adapters.fetch import Fetcher
-from peer.adapters.service_manager import ServiceManager
-from peer.adapters.sqlite_store import SqliteStore
-from peer.adapters.telemetry import Telemetries, open_telemetry
-from peer.adapters.telemetry_host import Host
+from peer.adapters.devices.devices import find_devices
+from peer.adapters.devices.engine_process import EngineLimits, EngineProcess
+from peer.adapters.devices.telemetry import Telemetries, open_telemetry
+from peer.adapters.devices.telemetry_host import Host
+from peer.adapters.links.cluster_files import ClusterFiles
+from peer.adapters.models.catalogue import read_catalogue
+from peer.adapters.models.fetch import Fetcher
+from peer.adapters.processes.service_manager import ServiceManager
+from peer.adapters.stores import migration
+from peer.adapters.stores.sqlite_store import SqliteStore
 from peer.cluster_host import open_cluster_host
 from peer.config import RELOADABLE, Config
 from peer.decide.admit import nearest

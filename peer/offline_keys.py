@@ -10,8 +10,8 @@ from pathlib import Path
 import trio
 
 from peer.adapters.clock import SystemClock
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.sqlite_store import SqliteStore
+from peer.adapters.links.cluster_files import ClusterFiles
+from peer.adapters.stores.sqlite_store import SqliteStore
 from peer.decide import keys
 from peer.decide.decision import Decision
 from peer.errors import Conflict

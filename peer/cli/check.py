@@ -27,7 +27,7 @@ def check(file: str | None, as_json: bool) -> int:
     import msgspec
 
     from peer import settings
-    from peer.adapters.catalogue import read_catalogue
+    from peer.adapters.models.catalogue import read_catalogue
     from peer.errors import ConfigError
 
     path = Path(file) if file is not None else settings.find_file(None, os.environ)

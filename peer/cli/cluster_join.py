@@ -77,8 +77,8 @@ def _init(directory: Path, cluster: str | None, addresses: tuple[str, ...]) -> t
     import trio
 
     from peer import identity
-    from peer.adapters.cluster_files import ClusterFiles
-    from peer.adapters.own_addresses import own_address, own_names
+    from peer.adapters.links.cluster_files import ClusterFiles
+    from peer.adapters.links.own_addresses import own_address, own_names
 
     identity.make_folder(directory)
     with identity.exclusive(directory):
@@ -160,8 +160,8 @@ def _join(
     import trio
 
     from peer import identity
-    from peer.adapters import enrolment
-    from peer.adapters.cluster_files import ClusterFiles
+    from peer.adapters.links import enrolment
+    from peer.adapters.links.cluster_files import ClusterFiles
     from peer.state.enrol import Enrolled
 
     identity.make_folder(directory)
@@ -247,7 +247,7 @@ def parse_host(text: str) -> tuple[str, int]:
     """(host, port) of HOST or HOST:PORT; IPv6 addresses with a port go in brackets. Raises CliError."""
     import ipaddress
 
-    from peer.adapters.tls_network import PORT_DEFAULT
+    from peer.adapters.links.tls_network import PORT_DEFAULT
     from peer.settings import split_bind
 
     with suppress(ValueError):

@@ -200,7 +200,7 @@ def disk(directory: Path) -> Finding:
 
 def catalogue(configured: str) -> Finding:
     name = "catalogue"
-    from peer.adapters.catalogue import read_catalogue
+    from peer.adapters.models.catalogue import read_catalogue
     from peer.errors import ConfigError
 
     try:

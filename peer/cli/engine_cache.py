@@ -15,7 +15,7 @@ from peer.cli.exits import CliError, Exit, guarded
 from peer.errors import BadRequest, ConfigError, Unauthorized
 
 if TYPE_CHECKING:
-    from peer.adapters.engine_cache import MadeFor
+    from peer.adapters.devices.engine_cache import MadeFor
     from peer.config import Config
 
 
@@ -47,7 +47,7 @@ def export(
 
     The peer may run. Devices must be of one kind: name one with --device where they are not.
     """
-    from peer.adapters import engine_cache as cache
+    from peer.adapters.devices import engine_cache as cache
 
     config = _config(config_file, data_dir, devices)
     directory = Path(config.data_dir)
@@ -88,7 +88,7 @@ def import_(
     Only what a host of this host's cluster has signed, or a key named with --trust: a cache runs as the peer. The peer
     may run; its engines find the kernels at their next load.
     """
-    from peer.adapters import engine_cache as cache
+    from peer.adapters.devices import engine_cache as cache
 
     config = _config(config_file, data_dir, devices)
     directory = Path(config.data_dir)
@@ -125,8 +125,8 @@ def _config(config_file: str | None, data_dir: str | None, devices: Iterable[str
 
 def _kinds(config: Config) -> list[tuple[MadeFor, list[str]]]:
     """The devices' labels by what their kernels depend on. Raises ConfigError."""
-    from peer.adapters.devices import find_devices
-    from peer.adapters.engine_cache import made_for
+    from peer.adapters.devices.devices import find_devices
+    from peer.adapters.devices.engine_cache import made_for
 
     kinds: dict[str, tuple[MadeFor, list[str]]] = {}
     for device in find_devices(config.engine.devices):
@@ -159,7 +159,7 @@ def _fitting(
 
 def _check_not_revoked(signer: str, directory: Path) -> None:
     """Ask the peer here, where one runs: a certificate does not tell that its host was put out. Raises Unauthorized."""
-    from peer.adapters.cluster_files import ClusterFiles
+    from peer.adapters.links.cluster_files import ClusterFiles
     from peer.cli.client import Client, find
 
     if signer.startswith("ed25519:") or ClusterFiles(directory).belonging() is None:

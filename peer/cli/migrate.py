@@ -19,10 +19,10 @@ from peer.errors import ConfigError, Conflict, NotFound
 from peer.settings import split_bind
 
 if TYPE_CHECKING:
-    from peer.adapters.etcd_voting import EtcdVoting
-    from peer.adapters.migration import MakeVoting, Marker
-    from peer.adapters.store_copy import Progress
-    from peer.adapters.takeover import Lost
+    from peer.adapters.stores.etcd_voting import EtcdVoting
+    from peer.adapters.stores.migration import MakeVoting, Marker
+    from peer.adapters.stores.store_copy import Progress
+    from peer.adapters.stores.takeover import Lost
 
     Work = Callable[[Path, MakeVoting, Progress], Awaitable[Marker | None]]
 
@@ -51,7 +51,7 @@ def migrate(direction: str | None, config_file: str | None, data_dir: str | None
     The peer must be stopped. Every record is compared afterwards, and the old store is kept until --confirm. May be
     interrupted at any moment and run again.
     """
-    from peer.adapters import migration
+    from peer.adapters.stores import migration
 
     config = _config(config_file, data_dir)
     directory = Path(config.data_dir)
@@ -81,8 +81,8 @@ def takeover(yes: bool, force: bool, config_file: str | None, data_dir: str | No
 
     For two hosts: one votes, the other learns from it. The peer must be stopped. May be interrupted and run again.
     """
-    from peer.adapters import migration
-    from peer.adapters import takeover as taking
+    from peer.adapters.stores import migration
+    from peer.adapters.stores import takeover as taking
 
     config = _config(config_file, data_dir)
     directory = Path(config.data_dir)
@@ -153,8 +153,8 @@ def _make_voting(config: Config, directory: Path) -> MakeVoting:
 
     def make(folder: Path) -> EtcdVoting:
         from peer import cluster_host
-        from peer.adapters.cluster_files import ClusterFiles
-        from peer.adapters.etcd_voting import EtcdVoting
+        from peer.adapters.links.cluster_files import ClusterFiles
+        from peer.adapters.stores.etcd_voting import EtcdVoting
 
         files = ClusterFiles(directory)
         belonging = files.belonging()

@@ -17,7 +17,7 @@ import trio
 from msgspec.structs import replace as changed
 
 from peer import cluster_peer, establish, routing
-from peer.adapters.fenced_commits import FencedCommits
+from peer.adapters.stores.fenced_commits import FencedCommits
 from peer.answers import not_leading
 from peer.decide import admit, elect, place, rebalance, record, retain, schedule, voters, workers
 from peer.decide.decision import Decision

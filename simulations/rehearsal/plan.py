@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import yaml
 
-from peer.adapters.catalogue import read_catalogue
+from peer.adapters.models.catalogue import read_catalogue
 from peer.limits import BEAT_S, LEASE_TTL_S
 from peer.settings import nearest
 from peer.state.model import Model

@@ -1,4 +1,4 @@
-"""A simulated engine: the real supervisor (peer.adapters.engine_process) over a process that is only a model.
+"""A simulated engine: the real supervisor (peer.adapters.devices.engine_process) over a process that is only a model.
 
 Starting, watching, restarting with backoff, quarantine and the order of what a worker is told are the peer's own
 code. Replaced are the process, its socket and the tasks that serve them: one task an engine, which sleeps until the
@@ -19,7 +19,7 @@ from typing import Any, Literal, Protocol
 
 import trio
 
-from peer.adapters.engine_process import WATCH_S, EngineLimits, EngineProcess, _End
+from peer.adapters.devices.engine_process import WATCH_S, EngineLimits, EngineProcess, _End
 from peer.engines import Device
 from peer.ports import Clock
 from simulations.world.cards import Profile, SimCard

@@ -27,7 +27,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 import trio
 
 from peer import limits
-from peer.adapters.fenced_commits import FencedCommits
+from peer.adapters.stores.fenced_commits import FencedCommits
 from peer.errors import Ambiguous, NotFound, Unavailable
 from peer.ports import Batch, Compare, KeyValue, Lease, Page, TxnResult, Write
 from simulations.errors import SimulatorError

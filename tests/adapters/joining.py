@@ -8,11 +8,11 @@ from typing import Any
 
 import trio
 
-from peer.adapters import certificates
 from peer.adapters.clock import SystemClock
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.enrolment import EnrolmentServer
-from peer.adapters.tls_network import TlsNetwork
+from peer.adapters.links import certificates
+from peer.adapters.links.cluster_files import ClusterFiles
+from peer.adapters.links.enrolment import EnrolmentServer
+from peer.adapters.links.tls_network import TlsNetwork
 from peer.decide import enrol as decide
 from peer.decide.decision import Decision
 from peer.state import enrol as records

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from peer.adapters import certificates
-from peer.adapters.certificates import Authority, Credentials
+from peer.adapters.links import certificates
+from peer.adapters.links.certificates import Authority, Credentials
 from peer.state.enrol import CERTIFICATE_S, CLOCK_SKEW_S, Grant
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from peer.adapters.catalogue import default_catalogue, parse_catalogue, read_catalogue
-from peer.adapters.sources import (
+from peer.adapters.models.catalogue import default_catalogue, parse_catalogue, read_catalogue
+from peer.adapters.models.sources import (
     BuiltinSource,
     FileSource,
     HubSource,

@@ -19,11 +19,11 @@ import trio
 from cryptography import x509
 
 from peer import identity, ports
-from peer.adapters import certificates, renewal
-from peer.adapters.certificates import Authority, Subject
 from peer.adapters.clock import SystemClock, SystemEntropy
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.renewal import LOOK_S, RETRY_S, due_at, keep_authority, keep_renewed
+from peer.adapters.links import certificates, renewal
+from peer.adapters.links.certificates import Authority, Subject
+from peer.adapters.links.cluster_files import ClusterFiles
+from peer.adapters.links.renewal import LOOK_S, RETRY_S, due_at, keep_authority, keep_renewed
 from peer.errors import BadRequest, ConfigError, Conflict, Unauthorized, Unavailable
 from peer.state.enrol import AuthorityKey, Enrolled, GetAuthority, Grant, Renew
 from tests.adapters.joining import Leader

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import trio
 
-from peer.adapters.devices import find_devices, find_gpus
-from peer.adapters.telemetry import Telemetries, ThreadedSource, open_telemetry
-from peer.adapters.telemetry_host import CpuReader, Host, MemoryGroup, cpu_name
-from peer.adapters.telemetry_sysfs import SysfsReader
+from peer.adapters.devices.devices import find_devices, find_gpus
+from peer.adapters.devices.telemetry import Telemetries, ThreadedSource, open_telemetry
+from peer.adapters.devices.telemetry_host import CpuReader, Host, MemoryGroup, cpu_name
+from peer.adapters.devices.telemetry_sysfs import SysfsReader
 from peer.engines import Device
 from peer.errors import ConfigError
 from peer.state.worker import Telemetry
@@ -267,5 +267,5 @@ def test_a_device_without_a_gpu_needs_no_library(monkeypatch: pytest.MonkeyPatch
     def never() -> None:
         raise AssertionError("amdsmi was opened")
 
-    monkeypatch.setattr("peer.adapters.telemetry.open_amdsmi", never)
+    monkeypatch.setattr("peer.adapters.devices.telemetry.open_amdsmi", never)
     trio.run(open_telemetry, [Device(label="cpu0", device="CPU:LLVM")])

@@ -14,11 +14,11 @@ import msgspec
 import pytest
 import trio
 
-from peer.adapters import certificates, enrolment
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.own_addresses import own_names
-from peer.adapters.tls_frames import FrameStream
-from peer.adapters.tls_network import TlsNetwork
+from peer.adapters.links import certificates, enrolment
+from peer.adapters.links.cluster_files import ClusterFiles
+from peer.adapters.links.own_addresses import own_names
+from peer.adapters.links.tls_frames import FrameStream
+from peer.adapters.links.tls_network import TlsNetwork
 from peer.decide import enrol as decide
 from peer.errors import (
     BadRequest,

@@ -9,8 +9,8 @@ import pytest
 import trio
 import trio.testing
 
-from peer.adapters.etcd_client import AnswerTooLarge, EtcdClient, decoder, failure
-from peer.adapters.etcd_http import HttpPool, NotSent
+from peer.adapters.stores.etcd_client import AnswerTooLarge, EtcdClient, decoder, failure
+from peer.adapters.stores.etcd_http import HttpPool, NotSent
 from peer.errors import (
     Ambiguous,
     Compacted,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peer.adapters.fenced_commits import STORE_FULL, FencedCommits
+from peer.adapters.stores.fenced_commits import STORE_FULL, FencedCommits
 from peer.errors import Ambiguous, BitinglipError, Fenced, NotFound, StoreBroken, StoreError, Unavailable
 from peer.ports import BATCH_KEY, LEADER_KEY, Compare, Delete, KeyValue, Put, TxnResult, Write
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import trio
 
-from peer.adapters import download
-from peer.adapters.catalogue import read_catalogue
-from peer.adapters.download import DownloadLimits
-from peer.adapters.fetch import INDEX, Fetcher
+from peer.adapters.models import download
+from peer.adapters.models.catalogue import read_catalogue
+from peer.adapters.models.download import DownloadLimits
+from peer.adapters.models.fetch import INDEX, Fetcher
 from peer.engines import FetchError
 from peer.state.model import Model
 from tests.adapters.web import Answer, Asked, serving

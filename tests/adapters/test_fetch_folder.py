@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from engine.protocol import Configure, Load, Loaded, LoadFailed, Ready
-from peer.adapters.catalogue import parse_catalogue
-from peer.adapters.download import DownloadLimits
+from peer.adapters.models.catalogue import parse_catalogue
+from peer.adapters.models.download import DownloadLimits
 from peer.engines import FetchError
 from peer.state.model import Model, ModelFile
 from tests.adapters.test_fetch import DATA, fetcher, leftovers, nothing, pip, refused, wheel_of

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from peer.adapters import certificates, enrolment
 from peer.adapters.clock import SystemClock, SystemEntropy
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.enrolment import EnrolmentServer
-from peer.adapters.renewal import keep_authority
-from peer.adapters.tls_network import TlsNetwork
+from peer.adapters.links import certificates, enrolment
+from peer.adapters.links.cluster_files import ClusterFiles
+from peer.adapters.links.enrolment import EnrolmentServer
+from peer.adapters.links.renewal import keep_authority
+from peer.adapters.links.tls_network import TlsNetwork
 from peer.errors import Unauthorized, Unavailable
 from peer.ports import Connection
 from peer.state import enrol as records

@@ -14,7 +14,7 @@ import pytest
 import structlog
 
 from peer import logs
-from peer.adapters.child_log import Lines
+from peer.adapters.processes.child_log import Lines
 
 
 class Terminal(io.StringIO):

@@ -7,7 +7,7 @@ from pathlib import Path
 import trio
 
 from peer.adapters.clock import SystemClock
-from peer.adapters.tls_network import TlsNetwork
+from peer.adapters.links.tls_network import TlsNetwork
 from peer.link import wire
 from peer.link.session import Session, receive
 from peer.ports import Connection

@@ -11,7 +11,7 @@ import pytest
 import structlog
 import trio
 
-from peer.adapters.service_manager import ServiceManager
+from peer.adapters.processes.service_manager import ServiceManager
 from peer.health import LATE_S, stuck
 
 

@@ -25,7 +25,7 @@ SCRIPT = """
 import json, os, sys, time
 import structlog, trio
 from msgspec import structs, to_builtins
-from peer.adapters import telemetry
+from peer.adapters.devices import telemetry
 from peer.engines import Device
 
 state = os.environ.get("AMDSMI_STUB_STATE", "/dev/null")

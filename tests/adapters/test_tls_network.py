@@ -13,10 +13,10 @@ import pytest
 import trio
 
 from peer import limits
-from peer.adapters import certificates, tls_network
-from peer.adapters.certificates import LINK_ALPN, Authority, Credentials
-from peer.adapters.tls_frames import FrameStream
-from peer.adapters.tls_network import TlsNetwork
+from peer.adapters.links import certificates, tls_network
+from peer.adapters.links.certificates import LINK_ALPN, Authority, Credentials
+from peer.adapters.links.tls_frames import FrameStream
+from peer.adapters.links.tls_network import TlsNetwork
 from peer.errors import BadRequest, ConfigError, Unauthorized, Unavailable
 from peer.ports import Connection
 from tests.adapters.pki import Pki

@@ -16,11 +16,11 @@ import trio
 from structlog.testing import capture_logs
 
 from peer import identity
-from peer.adapters import certificates, own_addresses
 from peer.adapters.clock import SystemClock
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.enrolment import EnrolmentServer
-from peer.adapters.tls_network import PORT_DEFAULT, TlsNetwork
+from peer.adapters.links import certificates, own_addresses
+from peer.adapters.links.cluster_files import ClusterFiles
+from peer.adapters.links.enrolment import EnrolmentServer
+from peer.adapters.links.tls_network import PORT_DEFAULT, TlsNetwork
 from peer.cli import cluster_join
 from peer.cli.exits import CliError, Exit
 from peer.errors import Unauthorized

@@ -11,9 +11,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from peer.adapters import engine_cache
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.engine_cache import MadeFor
+from peer.adapters.devices import engine_cache
+from peer.adapters.devices.engine_cache import MadeFor
+from peer.adapters.links.cluster_files import ClusterFiles
 from peer.cli.exits import Exit
 from peer.errors import ConfigError
 from peer.state.enrol import Enrolled

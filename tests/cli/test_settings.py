@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from peer import settings
-from peer.adapters.catalogue import read_catalogue
+from peer.adapters.models.catalogue import read_catalogue
 from peer.config import BOUNDS, PATHS, Config
 from peer.errors import ConfigError
 

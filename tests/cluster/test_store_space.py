@@ -12,9 +12,9 @@ import trio
 
 from peer import store_space
 from peer.adapters.clock import SystemClock
-from peer.adapters.etcd_client import Header, Member, Status
-from peer.adapters.etcd_voting import EtcdUpkeep
-from peer.adapters.sqlite_store import SqliteStore
+from peer.adapters.stores.etcd_client import Header, Member, Status
+from peer.adapters.stores.etcd_voting import EtcdUpkeep
+from peer.adapters.stores.sqlite_store import SqliteStore
 from peer.errors import Ambiguous, BitinglipError, NotFound, Unavailable
 from peer.state.command import GetStatus
 from simulations.scenario import Scenario

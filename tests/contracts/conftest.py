@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from peer.adapters.sqlite_store import SqliteStore
+from peer.adapters.stores.sqlite_store import SqliteStore
 from peer.ports import Store
 from tests.contracts.store import StoreFactory, put
 

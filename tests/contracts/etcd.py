@@ -16,8 +16,8 @@ from pathlib import Path
 import h11
 import pytest
 
-from peer.adapters.child import launched
-from peer.adapters.etcd_member import SOCKET, MemberConfig, member_command
+from peer.adapters.processes.child import launched
+from peer.adapters.stores.etcd_member import SOCKET, MemberConfig, member_command
 
 START_S_MAX = 20.0  # on a busy host
 

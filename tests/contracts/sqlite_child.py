@@ -16,7 +16,7 @@ from pathlib import Path
 import trio
 
 from peer.adapters.clock import SystemClock
-from peer.adapters.sqlite_store import SqliteStore
+from peer.adapters.stores.sqlite_store import SqliteStore
 from peer.errors import StoreBroken
 from peer.ports import Put
 

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 import pytest
 import trio
 
-from peer.adapters.etcd_client import decoder
-from peer.adapters.etcd_store import EtcdStore
+from peer.adapters.stores.etcd_client import decoder
+from peer.adapters.stores.etcd_store import EtcdStore
 from peer.errors import Ambiguous, Fenced, NotFound, Unavailable
 from peer.ports import BATCH_KEY, LEADER_KEY, Put
 from tests.contracts.etcd import EtcdCluster, EtcdProcess, needs_etcd, running_cluster

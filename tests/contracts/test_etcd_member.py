@@ -13,9 +13,9 @@ from typing import TypeVar
 import pytest
 import trio
 
-from peer.adapters.etcd_client import EtcdClient, require_version
-from peer.adapters.etcd_member import LOGS, TORN_LOGS, EtcdMember, MemberConfig, initial_cluster
-from peer.adapters.etcd_store import EtcdStore
+from peer.adapters.stores.etcd_client import EtcdClient, require_version
+from peer.adapters.stores.etcd_member import LOGS, TORN_LOGS, EtcdMember, MemberConfig, initial_cluster
+from peer.adapters.stores.etcd_store import EtcdStore
 from peer.errors import Ambiguous, Conflict, NotFound, Unavailable
 from peer.ports import Put
 from tests.contracts.etcd import free_port, needs_etcd, poll
@@ -144,7 +144,7 @@ def test_a_member_ends_with_its_peer(tmp_path: Path) -> None:
 import trio
 from pathlib import Path
 from tests.contracts.test_etcd_member import config
-from peer.adapters.etcd_member import EtcdMember
+from peer.adapters.stores.etcd_member import EtcdMember
 
 async def main():
     member = EtcdMember(config(Path({str(tmp_path)!r})))

@@ -10,8 +10,8 @@ import pytest
 import trio
 import trio.testing
 
-from peer.adapters.etcd_client import decoder
-from peer.adapters.etcd_store import BASE_KEY, OPERATIONS_MAX, REQUEST_BYTES_MAX, EtcdStore
+from peer.adapters.stores.etcd_client import decoder
+from peer.adapters.stores.etcd_store import BASE_KEY, OPERATIONS_MAX, REQUEST_BYTES_MAX, EtcdStore
 from peer.errors import Ambiguous, Compacted, Conflict, Fenced, NotFound, TooLarge, Unavailable
 from peer.ports import LEADER_KEY, Batch, Change, Compare, Delete, Put, Store
 from tests.contracts.etcd import EtcdCluster, needs_etcd, running_cluster

@@ -15,11 +15,11 @@ import pytest
 import trio
 
 from peer import voters as keeping
-from peer.adapters import certificates
-from peer.adapters.certificates import Authority
 from peer.adapters.clock import SystemClock
-from peer.adapters.etcd_member import Certificates
-from peer.adapters.etcd_voting import ASIDE, DATA, FILE, EtcdVoting, ExternalVoting
+from peer.adapters.links import certificates
+from peer.adapters.links.certificates import Authority
+from peer.adapters.stores.etcd_member import Certificates
+from peer.adapters.stores.etcd_voting import ASIDE, DATA, FILE, EtcdVoting, ExternalVoting
 from peer.decide.voters import Bounds
 from peer.errors import Ambiguous, ConfigError, Conflict, Unavailable
 from peer.ports import Put, Store

@@ -13,7 +13,7 @@ import pytest
 import trio
 
 from peer.adapters.clock import SystemEntropy
-from peer.adapters.cluster_files import ClusterFiles
+from peer.adapters.links.cluster_files import ClusterFiles
 from peer.errors import Conflict, Unavailable
 from peer.gossip_keys import GossipKeys
 from peer.ports import Gossip

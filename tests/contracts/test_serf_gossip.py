@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from peer.adapters.serf_agent import AgentConfig, SerfAgent
-from peer.adapters.serf_gossip import SerfGossip
-from peer.adapters.serf_rpc import SerfRpc
+from peer.adapters.gossip.serf_agent import AgentConfig, SerfAgent
+from peer.adapters.gossip.serf_gossip import SerfGossip
+from peer.adapters.gossip.serf_rpc import SerfRpc
 from peer.errors import Conflict, Unavailable
 from tests.contracts.etcd import free_port
 from tests.contracts.gossip import SEEN_S_MAX, GossipContract, Rig, Scenario, called, tagged

@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from peer.adapters.sqlite_store import SqliteStore
+from peer.adapters.stores.sqlite_store import SqliteStore
 from tests.contracts.conftest import SqliteFactory
 from tests.contracts.sqlite_child import FAIL_FILE_ENV
 from tests.contracts.store import put, values

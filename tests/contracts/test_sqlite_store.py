@@ -12,7 +12,7 @@ import pytest
 import trio
 import trio.testing
 
-from peer.adapters.sqlite_store import TXN_BYTES_MAX
+from peer.adapters.stores.sqlite_store import TXN_BYTES_MAX
 from peer.errors import Compacted, Fenced, NotFound, StoreBroken, StoreError, TooLarge, Unavailable
 from peer.ports import LEADER_KEY, Batch, Change, Compare, Delete, Put, Store
 from tests.contracts.conftest import SqliteFactory

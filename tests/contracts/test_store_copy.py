@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import trio
 
-from peer.adapters import store_copy
-from peer.adapters.etcd_file import FILE, EtcdFile
-from peer.adapters.etcd_store import BASE_KEY, REQUEST_BYTES_MAX, EtcdStore
-from peer.adapters.migration import opened_sqlite
-from peer.adapters.sqlite_store import SqliteStore
-from peer.adapters.store_copy import compare, copy, measure, set_base
+from peer.adapters.stores import store_copy
+from peer.adapters.stores.etcd_file import FILE, EtcdFile
+from peer.adapters.stores.etcd_store import BASE_KEY, REQUEST_BYTES_MAX, EtcdStore
+from peer.adapters.stores.migration import opened_sqlite
+from peer.adapters.stores.sqlite_store import SqliteStore
+from peer.adapters.stores.store_copy import compare, copy, measure, set_base
 from peer.errors import Conflict, StoreBroken, StoreError, TooLarge
 from peer.ports import BATCH_KEY, BEAT_KEY, LEADER_KEY, Delete, Put, Store
 from tests.contracts.etcd import EtcdCluster, EtcdProcess, needs_etcd, poll, running_cluster

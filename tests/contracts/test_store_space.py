@@ -11,7 +11,7 @@ import trio
 
 from peer import store_space
 from peer.adapters.clock import SystemClock
-from peer.adapters.etcd_voting import EtcdVoting
+from peer.adapters.stores.etcd_voting import EtcdVoting
 from peer.decide import space
 from peer.errors import Ambiguous, BitinglipError, Unavailable
 from peer.leader import Leader

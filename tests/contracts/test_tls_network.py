@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from peer.adapters.tls_network import TlsNetwork
+from peer.adapters.links.tls_network import TlsNetwork
 from tests.adapters.pki import Pki
 from tests.contracts.network import Accept, NetworkContract, Node, Play, Scenario, Stage
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from peer.adapters.etcd_store import OPERATIONS_MAX, REQUEST_BYTES_MAX
+from peer.adapters.stores.etcd_store import OPERATIONS_MAX, REQUEST_BYTES_MAX
 from peer.decide import admit, recover
 from peer.decide.batch import TRANSACTION_BYTES_MAX, TRANSACTION_WRITES_MAX, Batch
 from peer.decide.decision import Decision

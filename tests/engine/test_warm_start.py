@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from engine.protocol import Configure, Load, Loaded, LoadFailed, Ready, Unusable
-from peer.adapters.devices import find_devices
+from peer.adapters.devices.devices import find_devices
 from peer.cli import main
 from tests.engine.conftest import CACHE, CONTEXT, DEVICE, SLOTS
 from tests.engine.harness import EngineProcess

@@ -11,7 +11,7 @@ from typing import Any
 import trio
 
 from peer.adapters.clock import SystemClock
-from peer.adapters.engine_process import EngineLimits, EngineProcess
+from peer.adapters.devices.engine_process import EngineLimits, EngineProcess
 from peer.config import Alerts
 from peer.engines import Device, FetchError, Progress, TelemetrySource
 from peer.executor import Executor

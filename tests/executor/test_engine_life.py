@@ -316,7 +316,7 @@ async def test_the_engines_environment_is_clean(monkeypatch: pytest.MonkeyPatch)
 PEER = """
 import os, sys, trio
 from peer.adapters.clock import SystemClock
-from peer.adapters.engine_process import EngineProcess
+from peer.adapters.devices.engine_process import EngineProcess
 from peer.engines import Device
 
 class Events:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peer.adapters.supervision import Verdict, after_death
+from peer.adapters.processes.supervision import Verdict, after_death
 from peer.config import Alerts
 from peer.decide.alert import AlertState, judge, judge_engine
 from peer.state.worker import EngineState, Telemetry

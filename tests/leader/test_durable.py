@@ -11,7 +11,7 @@ import trio
 
 from peer import limits
 from peer.adapters.clock import SystemClock
-from peer.adapters.sqlite_store import SqliteStore
+from peer.adapters.stores.sqlite_store import SqliteStore
 from peer.errors import Ambiguous, Compacted, Overloaded
 from peer.establish import load_keys, take_leadership
 from peer.ports import LEADER_KEY, Put

@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 import pytest
 import trio
 
-from peer.adapters import migration, takeover
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.etcd_client import EtcdClient
-from peer.adapters.etcd_member import MemberConfig, initial_cluster
-from peer.adapters.etcd_store import EtcdStore
-from peer.adapters.etcd_voting import EtcdVoting
-from peer.adapters.migration import opened_sqlite
-from peer.adapters.store_copy import Copied, measure
+from peer.adapters.links.cluster_files import ClusterFiles
+from peer.adapters.stores import migration, takeover
+from peer.adapters.stores.etcd_client import EtcdClient
+from peer.adapters.stores.etcd_member import MemberConfig, initial_cluster
+from peer.adapters.stores.etcd_store import EtcdStore
+from peer.adapters.stores.etcd_voting import EtcdVoting
+from peer.adapters.stores.migration import opened_sqlite
+from peer.adapters.stores.store_copy import Copied, measure
 from peer.errors import Unavailable
 from peer.identity import peer_id
 from peer.ports import LEADER_KEY, Put

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import trio
 
-from peer.adapters.engine_process import EngineLimits
+from peer.adapters.devices.engine_process import EngineLimits
 from peer.config import Alerts
 from peer.engines import Device
 from peer.executor import Executor

@@ -11,7 +11,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from peer.adapters.engine_process import EngineLimits
+from peer.adapters.devices.engine_process import EngineLimits
 from peer.engines import Device
 from peer.state.model import Model, ReplicaState
 from peer.state.order import (

@@ -71,7 +71,7 @@ def test_what_is_left_open_is_what_the_documentation_says(tmp_path: Path) -> Non
 
 
 def test_the_stop_has_time_for_the_default_drain() -> None:
-    from peer.adapters.service_manager import STOP_MARGIN_S
+    from peer.adapters.processes.service_manager import STOP_MARGIN_S
     from peer.config import Config
 
     found = re.search(r"(?m)^TimeoutStopSec=(\d+)s$", UNIT.read_text())

@@ -18,9 +18,9 @@ BROAD_EXCEPT_ALLOWED = frozenset(
         "api.wire:run",  # one connection must not take the others with it
         "engine.text.folder_tokenizer:_tried",  # the library raises plain Exception, or panics, on a bad file
         "engine.runner:supervise",  # the device may be in any state: the process reports it and ends
-        "peer.adapters.sqlite_writer:_guarded",  # whatever a write raises, the store is broken then
-        "peer.adapters.telemetry_amdsmi:open_amdsmi",  # AMD's package raises anything while it is imported
-        "peer.adapters.tls_network:_serve",  # a bug in serving one caller ends no peer
+        "peer.adapters.stores.sqlite_writer:_guarded",  # whatever a write raises, the store is broken then
+        "peer.adapters.devices.telemetry_amdsmi:open_amdsmi",  # AMD's package raises anything while it is imported
+        "peer.adapters.links.tls_network:_serve",  # a bug in serving one caller ends no peer
         "peer.deciding:command",  # a bug in a decision costs that command and no more
         "peer.deciding:report",  # likewise that report
         "peer.registrar:answer",  # likewise a signature that fails

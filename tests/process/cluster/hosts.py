@@ -24,7 +24,7 @@ from typing import Final
 
 import psutil
 
-from peer.adapters.child import launched
+from peer.adapters.processes.child import launched
 from tests.process.peers import poll
 
 RULES: Final = """

@@ -11,8 +11,8 @@ from typing import Final
 
 import trio
 
-from peer.adapters.etcd_member import SOCKET
-from peer.adapters.etcd_store import EtcdStore
+from peer.adapters.stores.etcd_member import SOCKET
+from peer.adapters.stores.etcd_store import EtcdStore
 from peer.errors import BitinglipError, Compacted, Unavailable
 from peer.ports import LEADER_KEY, Compare, Delete, Put
 from tests.process.cluster import faults

@@ -18,10 +18,10 @@ import psutil
 import pytest
 import trio
 
-from peer.adapters import certificates
-from peer.adapters.certificates import LINK_ALPN
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.tls_network import TlsNetwork
+from peer.adapters.links import certificates
+from peer.adapters.links.certificates import LINK_ALPN
+from peer.adapters.links.cluster_files import ClusterFiles
+from peer.adapters.links.tls_network import TlsNetwork
 from peer.errors import Unavailable
 from tests.process.cluster import faults
 from tests.process.cluster.cluster import Cluster, cluster

@@ -17,10 +17,10 @@ import structlog
 import trio
 
 from peer import errors, limits
-from peer.adapters import certificates
-from peer.adapters.certificates import ENROL_ALPN
-from peer.adapters.own_addresses import own_names
-from peer.adapters.tls_frames import FrameStream, Tls
+from peer.adapters.links import certificates
+from peer.adapters.links.certificates import ENROL_ALPN
+from peer.adapters.links.own_addresses import own_names
+from peer.adapters.links.tls_frames import FrameStream, Tls
 from peer.errors import BadRequest, BitinglipError, Overloaded, RateLimited, Unauthorized, Unavailable
 from peer.ports import Clock
 from peer.state import enrol as records

@@ -44,7 +44,7 @@ from typing import Any, Final, TypeVar
 
 import trio
 
-from peer.adapters.sqlite_writer import (
+from peer.adapters.stores.sqlite_writer import (
     REVISION_EMPTY,
     Job,
     Outcome,

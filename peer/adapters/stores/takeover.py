@@ -1,10 +1,10 @@
 """A host goes on alone with what its member of the store has, when the members that made the quorum are lost.
 
 A learner has what the voter has sent it. Started again without its voter it applies what its log says is committed and
-then answers nobody; so its records are read from its file (`peer.adapters.etcd_file`) and copied into a new cluster of
-one member, whose revisions, and with them epochs, go on above any that the lost members can have given out.
+then answers nobody; so its records are read from its file (`etcd_file`) and copied into a new cluster of one member,
+whose revisions, and with them epochs, go on above any that the lost members can have given out.
 
-DATA_DIR/migrating/etcd, takeover.json and the renames are those of `peer.adapters.migration`.
+DATA_DIR/migrating/etcd, takeover.json and the renames are those of `peer.adapters.stores.migration`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 
 import trio
 
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.etcd_file import FILE, EtcdFile
-from peer.adapters.etcd_http import HttpPool, NoAnswer, NotSent
-from peer.adapters.etcd_member import METRICS, EtcdMember, MemberConfig
-from peer.adapters.migration import (
+from peer.adapters.links.cluster_files import ClusterFiles
+from peer.adapters.stores.etcd_file import FILE, EtcdFile
+from peer.adapters.stores.etcd_http import HttpPool, NoAnswer, NotSent
+from peer.adapters.stores.etcd_member import METRICS, EtcdMember, MemberConfig
+from peer.adapters.stores.migration import (
     ETCD,
     FILLING,
     TAKEOVER,
@@ -34,7 +34,7 @@ from peer.adapters.migration import (
     sync,
     write_marker,
 )
-from peer.adapters.store_copy import Progress
+from peer.adapters.stores.store_copy import Progress
 from peer.errors import ConfigError, Conflict, NotFound, StoreError, Unavailable
 
 REVISIONS_SKIPPED: Final = (

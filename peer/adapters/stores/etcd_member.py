@@ -21,9 +21,9 @@ import msgspec
 import trio
 
 from peer import limits
-from peer.adapters.child import Child, Log
-from peer.adapters.etcd_client import EtcdClient, Member, require_version
-from peer.adapters.etcd_store import OPERATIONS_MAX, REQUEST_BYTES_MAX
+from peer.adapters.processes.child import Child, Log
+from peer.adapters.stores.etcd_client import EtcdClient, Member, require_version
+from peer.adapters.stores.etcd_store import OPERATIONS_MAX, REQUEST_BYTES_MAX
 from peer.errors import Conflict, Unavailable
 
 SOCKET: Final = "etcd.sock:0"

@@ -45,9 +45,9 @@ from engine.protocol import (
     encode,
 )
 from peer import limits
-from peer.adapters.child import exited
-from peer.adapters.child_log import log_lines
-from peer.adapters.supervision import after_death
+from peer.adapters.processes.child import exited
+from peer.adapters.processes.child_log import log_lines
+from peer.adapters.processes.supervision import after_death
 from peer.engines import Device, EngineEvents
 from peer.ports import Clock
 from peer.state.worker import EngineState
@@ -64,7 +64,7 @@ _PASSED_ON_PREFIXES = (
     *("LC_", "ROCM_", "HSA_", "HIP_", "BITINGLIP_ENGINE_", "TINYGRAD_", "COVERAGE_"),
     *("CUDA_", "NVRTC_", "NVJITLINK_", "OPENCL_", "OCL_ICD_"),  # where other backends' libraries are
 )
-_REPOSITORY = Path(__file__).resolve().parents[2]
+_REPOSITORY = Path(__file__).resolve().parents[3]
 
 log = structlog.get_logger("engine")
 

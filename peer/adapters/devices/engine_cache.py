@@ -26,10 +26,10 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from peer.adapters import certificates
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.download import put_in_place
-from peer.adapters.engine_process import engine_environment
+from peer.adapters.devices.engine_process import engine_environment
+from peer.adapters.links import certificates
+from peer.adapters.links.cluster_files import ClusterFiles
+from peer.adapters.models.download import put_in_place
 from peer.errors import BadRequest, ConfigError, Conflict, Unauthorized
 from peer.identity import make_folder, write_private
 

@@ -18,14 +18,14 @@ import msgspec
 import structlog
 import trio
 
-from peer.adapters.download import (
+from peer.adapters.models.download import (
     CHUNK_BYTES,
     Download,
     DownloadLimits,
     hash_file,
     put_in_place,
 )
-from peer.adapters.sources import (
+from peer.adapters.models.sources import (
     FOLDER_SUFFIXES,
     BuiltinSource,
     FileSource,

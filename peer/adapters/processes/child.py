@@ -20,8 +20,8 @@ import structlog
 import trio
 
 from peer import limits
-from peer.adapters.child_log import log_lines
-from peer.adapters.supervision import after_death
+from peer.adapters.processes.child_log import log_lines
+from peer.adapters.processes.supervision import after_death
 
 STOP_S_MAX: Final = 5.0  # from the polite signal to SIGKILL
 REAP_S_MAX: Final = 5.0  # after SIGKILL; a process stuck in the kernel is left behind and said so

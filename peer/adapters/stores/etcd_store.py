@@ -7,9 +7,9 @@ many keys: small at first, and as large as fits once sizes are known. Writes are
 request, of at most REQUEST_BYTES_MAX and OPERATIONS_MAX, which the member must have been started with
 (`--max-txn-ops`).
 
-Errors are those of `peer.adapters.etcd_client`. Every call ends within limits.STORE_CALL_S_MAX, a transaction with a
-second more for each SENT_BYTES_PER_S of it; a read of several pages takes that long for each. A keepalive or
-revocation without an answer is Ambiguous, and safe to repeat.
+Errors are those of `etcd_client`. Every call ends within limits.STORE_CALL_S_MAX, a transaction with a second more for
+each SENT_BYTES_PER_S of it; a read of several pages takes that long for each. A keepalive or revocation without an
+answer is Ambiguous, and safe to repeat.
 
 Revisions. A store that was copied from another one goes on where that one stood, though its etcd counts from 1: what
 this class gives out is etcd's revision plus a base, which the copy has written under BASE_KEY before all else. It is
@@ -33,9 +33,9 @@ import msgspec
 import trio
 
 from peer import limits
-from peer.adapters.etcd_client import AnswerTooLarge, EtcdClient, Header, decoder, failure
-from peer.adapters.etcd_http import Lines, NoAnswer
-from peer.adapters.fenced_commits import FencedCommits
+from peer.adapters.stores.etcd_client import AnswerTooLarge, EtcdClient, Header, decoder, failure
+from peer.adapters.stores.etcd_http import Lines, NoAnswer
+from peer.adapters.stores.fenced_commits import FencedCommits
 from peer.errors import Compacted, NotFound, StoreError, TooLarge, Unavailable
 from peer.ports import Batch, Change, Compare, KeyValue, Lease, Page, Put, TxnResult, Write
 
@@ -51,7 +51,7 @@ PAGE_KEYS: Final = 8_192  # without values
 TRIES_MAX: Final = 3  # of a read of pages, when its revision is compacted in between
 INTEGER_MAX: Final = 2**63 - 1
 
-BASE_KEY: Final = "revision_base"  # decimal; written once, by `peer.adapters.store_copy`
+BASE_KEY: Final = "revision_base"  # decimal; written once, by `peer.adapters.stores.store_copy`
 
 _FIRST_KEY: Final = b"\0"  # no key is empty
 _TARGETS: Final = {"create_revision": "CREATE", "mod_revision": "MOD", "value": "VALUE"}

@@ -18,10 +18,10 @@ import structlog
 import trio
 
 from peer import limits
-from peer.adapters.certificates import revocation_list
-from peer.adapters.etcd_client import NO_SPACE, EtcdClient, Member
-from peer.adapters.etcd_member import QUOTA_BYTES, Certificates, EtcdMember, MemberConfig
-from peer.adapters.etcd_store import EtcdStore
+from peer.adapters.links.certificates import revocation_list
+from peer.adapters.stores.etcd_client import NO_SPACE, EtcdClient, Member
+from peer.adapters.stores.etcd_member import QUOTA_BYTES, Certificates, EtcdMember, MemberConfig
+from peer.adapters.stores.etcd_store import EtcdStore
 from peer.errors import BitinglipError, Compacted, ConfigError, Conflict, NotFound, StoreBroken, Unavailable
 from peer.identity import make_folder, write_private
 from peer.ports import Store, StoreMembers, StoreUpkeep

@@ -11,7 +11,7 @@ from typing import Any, Final, Literal
 import yaml
 
 from peer import installed, limits
-from peer.adapters.sources import FileSource, SourceError, check_folder_file, is_folder, parse_source
+from peer.adapters.models.sources import FileSource, SourceError, check_folder_file, is_folder, parse_source
 from peer.errors import ConfigError
 from peer.state.model import Model, ModelFile
 from peer.units import parse_bytes

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Final, NamedTuple, Protocol
 
-from peer.adapters.etcd_store import BASE_KEY, REQUEST_BYTES_MAX, EtcdStore
+from peer.adapters.stores.etcd_store import BASE_KEY, REQUEST_BYTES_MAX, EtcdStore
 from peer.errors import Conflict, StoreError, TooLarge
 from peer.ports import BATCH_KEY, BEAT_KEY, LEADER_KEY, Compare, KeyValue, Page, Put, Store
 

@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
-from peer.adapters.etcd_store import BASE_KEY
+from peer.adapters.stores.etcd_store import BASE_KEY
 from peer.errors import StoreBroken
 from peer.ports import KeyValue, Page
 

@@ -14,10 +14,10 @@ import msgspec
 import structlog
 import trio
 
-from peer.adapters.devices import joined_name
-from peer.adapters.telemetry_amdsmi import AmdSmi, open_amdsmi
-from peer.adapters.telemetry_host import CpuReader
-from peer.adapters.telemetry_sysfs import SysfsReader
+from peer.adapters.devices.devices import joined_name
+from peer.adapters.devices.telemetry_amdsmi import AmdSmi, open_amdsmi
+from peer.adapters.devices.telemetry_host import CpuReader
+from peer.adapters.devices.telemetry_sysfs import SysfsReader
 from peer.engines import Device, TelemetrySource
 from peer.state.worker import Telemetry
 

@@ -26,8 +26,8 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from peer import limits
-from peer.adapters.etcd_http import Answer, HttpPool, Lines, NoAnswer, NotSent, TooLong
-from peer.adapters.fenced_commits import STORE_FULL
+from peer.adapters.stores.etcd_http import Answer, HttpPool, Lines, NoAnswer, NotSent, TooLong
+from peer.adapters.stores.fenced_commits import STORE_FULL
 from peer.errors import (
     Ambiguous,
     BitinglipError,

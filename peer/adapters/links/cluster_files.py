@@ -17,8 +17,8 @@ from typing import Final
 
 import msgspec
 
-from peer.adapters import certificates
-from peer.adapters.certificates import Authority, Credentials
+from peer.adapters.links import certificates
+from peer.adapters.links.certificates import Authority, Credentials
 from peer.errors import ConfigError, Conflict, Unavailable
 from peer.identity import make_folder, write_private
 from peer.state.base import Record

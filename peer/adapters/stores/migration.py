@@ -25,12 +25,12 @@ import msgspec
 import trio
 
 from peer.adapters.clock import SystemClock
-from peer.adapters.cluster_files import ClusterFiles
-from peer.adapters.etcd_client import EtcdClient
-from peer.adapters.etcd_store import EtcdStore
-from peer.adapters.etcd_voting import EtcdVoting
-from peer.adapters.sqlite_store import SqliteStore
-from peer.adapters.store_copy import CALL_S_MAX, Copied, Progress, Readable, copy, set_base
+from peer.adapters.links.cluster_files import ClusterFiles
+from peer.adapters.stores.etcd_client import EtcdClient
+from peer.adapters.stores.etcd_store import EtcdStore
+from peer.adapters.stores.etcd_voting import EtcdVoting
+from peer.adapters.stores.sqlite_store import SqliteStore
+from peer.adapters.stores.store_copy import CALL_S_MAX, Copied, Progress, Readable, copy, set_base
 from peer.errors import ConfigError, Conflict, NotFound, StoreError, Unavailable
 from peer.identity import STORE_FILE, make_folder, write_private
 from peer.ports import Store

@@ -23,9 +23,9 @@ import msgspec
 import trio
 
 from peer import limits
-from peer.adapters.child import Child, Log
-from peer.adapters.cluster_files import KEYRING_FILE
-from peer.adapters.serf_rpc import SerfRpc
+from peer.adapters.gossip.serf_rpc import SerfRpc
+from peer.adapters.links.cluster_files import KEYRING_FILE
+from peer.adapters.processes.child import Child, Log
 from peer.errors import Conflict, Unavailable
 
 STOP_S_MAX: Final = 8.0  # a polite leave takes a second or two, up to 6 when others do not answer

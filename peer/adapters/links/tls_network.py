@@ -17,8 +17,8 @@ import trio
 from trio import TASK_STATUS_IGNORED, TaskStatus
 
 from peer import limits
-from peer.adapters.certificates import ENROL_ALPN, LINK_ALPN, Credentials, Subject, subject_of
-from peer.adapters.tls_frames import FrameStream, Tls, tune
+from peer.adapters.links.certificates import ENROL_ALPN, LINK_ALPN, Credentials, Subject, subject_of
+from peer.adapters.links.tls_frames import FrameStream, Tls, tune
 from peer.errors import Unauthorized, Unavailable
 from peer.ports import REFUSED, TURNED_AWAY, Connection
 from peer.settings import split_bind

@@ -6,7 +6,7 @@ import ipaddress
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal, cast
 
-from peer.adapters.serf_rpc import Refused, SerfRpc, mended
+from peer.adapters.gossip.serf_rpc import Refused, SerfRpc, mended
 from peer.errors import Unavailable
 from peer.state.member import KeyReport, KeyStep, Member
 

@@ -8,9 +8,9 @@ from typing import Final
 
 import structlog
 
-from peer.adapters import certificates
-from peer.adapters.certificates import Credentials, Subject
-from peer.adapters.cluster_files import ClusterFiles
+from peer.adapters.links import certificates
+from peer.adapters.links.certificates import Credentials, Subject
+from peer.adapters.links.cluster_files import ClusterFiles
 from peer.errors import BitinglipError, ConfigError
 from peer.identity import write_private
 from peer.ports import Clock, Entropy

@@ -1,6 +1,6 @@
 """The writing half of the embedded store: the file, its schema, and the one thread that commits.
 
-All of it runs on worker threads, except where it says otherwise. `peer.adapters.sqlite_store` says what is
+All of it runs on worker threads, except where it says otherwise. `peer.adapters.stores.sqlite_store` says what is
 promised to callers.
 """
 

@@ -1,0 +1,1 @@
+"""Devices, their engines' processes and kernels, and what is measured of them."""

@@ -1,0 +1,1 @@
+"""Serf: its agent, and what it says of who is there."""

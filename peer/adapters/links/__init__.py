@@ -1,0 +1,1 @@
+"""Links between peers, and who is trusted: TLS, certificates, how hosts join."""

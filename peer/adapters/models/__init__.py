@@ -1,0 +1,1 @@
+"""The catalogue, and how models' files come to this host."""

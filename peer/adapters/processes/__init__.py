@@ -1,0 +1,1 @@
+"""Programs of others, what they print, and systemd."""
