@@ -42,14 +42,21 @@ def _moving(snapshot: Snapshot) -> bool:
 
 
 def _kept_out(snapshot: Snapshot, now: float) -> list[tuple[str, str]]:
-    """Models with tasks that have waited, and a worker where only busy models are in their way."""
-    found = []
-    for name, queue in snapshot.queues.items():
+    """Models with tasks that have waited, and a worker where only busy models are in their way.
+
+    One that goes before and is served nowhere may keep one worker for itself.
+    """
+    found, before = [], 0
+    for name in sorted(snapshot.queues, key=lambda name: snapshot.queues[name][0]):
         model = snapshot.catalogue.get(name)
-        waited_s = now - snapshot.tasks[queue[0][1]].created_at
-        if model is None or name in snapshot.index.placed or waited_s < KEPT_OUT_S + _CLOCKS_S:
+        waited_s = now - snapshot.tasks[snapshot.queues[name][0][1]].created_at
+        if model is None or waited_s < KEPT_OUT_S - _CLOCKS_S:
             continue
-        found += [(name, w) for w in usable(snapshot, now) if _is_in_the_way(snapshot, now, model, w)][:1]
+        replicas = snapshot.index.placed.get(name, {})
+        if not replicas and waited_s >= KEPT_OUT_S + _CLOCKS_S:
+            workers = [w for w in usable(snapshot, now) if _is_in_the_way(snapshot, now, model, w)]
+            found += [(name, w) for w in workers[before:][:1]]
+        before += all(replica.state is not ReplicaState.READY for replica in replicas.values())
     return found
 
 
