@@ -122,22 +122,24 @@ def test_gossip_gets_a_new_key_which_a_new_host_has_too(made: Cluster) -> None:
 def test_the_workers_drill_needs_a_second_replica_and_measures(made: Cluster) -> None:
     workers = [each["worker_id"] for each in made.get(made.members[0], "/workers")["workers"]]
     member = made.members[1]
+
+    def loaded() -> list[str]:
+        return [
+            replica["worker_id"]
+            for entry in made.get(member, "/models")["models"]
+            for replica in entry["replicas"]
+            if replica["status"] == "loaded"
+        ]
+
+    for worker_id in loaded():  # the other drills' tasks brought it there
+        member.bitinglip("unload", MODEL, "--worker", worker_id)
+    poll("it is unloaded", lambda: not loaded(), WAIT_S_MAX)
     member.bitinglip("load", MODEL, "--worker", workers[0])
+    poll("the model is loaded", loaded, WAIT_S_MAX)
     with pytest.raises(AssertionError, match="no model is loaded on two workers"):
         member.bitinglip("drill", "worker")
     member.bitinglip("load", MODEL, "--worker", workers[1])
-    poll(
-        "the model is loaded twice",
-        lambda: (
-            sum(
-                replica["status"] == "loaded"
-                for entry in made.get(member, "/models")["models"]
-                for replica in entry["replicas"]
-            )
-            >= 2
-        ),
-        WAIT_S_MAX,
-    )
+    poll("the model is loaded twice", lambda: len(loaded()) >= 2, WAIT_S_MAX)
     found = member.bitinglip("drill", "worker")
     print(found)
     assert found["ok"], found

@@ -86,6 +86,22 @@ def test_one_host_after_the_other_is_restarted(made: Cluster) -> None:
         made.settle()
 
 
+def _begun_beside(made: Cluster, asked: Member, leader: Member, body: dict[str, Any]) -> str:
+    """A task that runs on another host than the leader's, where the clients' tasks may have brought the model too."""
+    for _ in range(20):
+        task_id: str = ask(made, asked, "POST", "/tasks", body)["task_id"]
+        worker: str = poll(
+            "the task runs",
+            lambda: (
+                (task := ask(made, asked, "GET", f"/tasks/{task_id}"))["status"] == "running"  # noqa: B023
+                and task["assigned_worker"]
+            ),
+        )
+        if not worker.startswith(f"{leader.peer_id}-"):
+            return task_id
+    raise AssertionError(f"20 tasks, and each runs on the leader's host {leader.peer_id}")
+
+
 def test_a_stream_through_a_follower_outlives_the_leader(made: Cluster) -> None:
     leader, (serving, other) = made.leader(), made.followers()
     worker = f"{other.peer_id}-fake0"
@@ -98,7 +114,7 @@ def test_a_stream_through_a_follower_outlives_the_leader(made: Cluster) -> None:
         "model_name": MODEL,
         "parameters": {"prompt": words, "max_tokens": 200, "stream": True},
     }
-    task_id = ask(made, serving, "POST", "/tasks", body)["task_id"]
+    task_id = _begun_beside(made, serving, leader, body)
     pieces: list[str] = []
     ended: list[str] = []
 
