@@ -220,6 +220,7 @@ class Batcher:
         self._active.clear()
         self._waiting.clear()
         self._slots = Slots(self._model.slots)
+        self._stepped_s = None
         return [RunFailed(run_id=run_id, code=code, message=message, retryable=True) for run_id in ids]
 
     def step(self, room: int) -> list[Message]:
@@ -233,8 +234,6 @@ class Batcher:
         for run, guesses, computed in plan.runs:
             messages += self._take_logits(run, guesses, logits[at : at + 1 + computed])
             at += 1 + computed
-        if not self._active:
-            self._stepped_s = None
         return messages
 
     def _timed_step(self, plan: _Plan) -> npt.NDArray[np.float32]:
@@ -390,6 +389,8 @@ class Batcher:
 
     def _leave(self, run: _Active) -> None:
         del self._active[run.run_id]
+        if not self._active:  # what comes before the next step is no time between steps
+            self._stepped_s = None
         self._slots.leave(run.slot, run.tokens[: run.filled])
 
 

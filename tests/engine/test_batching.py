@@ -195,6 +195,23 @@ def test_streams_hardly_notice_a_long_prompt(streams: int, vocabulary: Vocabular
     assert len(model.steps[-1]) == 32
 
 
+@pytest.mark.parametrize("end", ["by itself", "cancelled", "failed"])
+def test_idle_time_is_no_time_between_steps(end: str, batcher: Batcher, model: Successor) -> None:
+    batcher.add(run("r", max_tokens=5))
+    batcher.step(99)
+    if end == "by itself":
+        until_done(batcher)
+    elif end == "cancelled":
+        batcher.cancel("r")
+    else:
+        batcher.fail_all("unloaded", "x")
+    model.now += 3600.0
+    batcher.add(run("next"))
+    until_done(batcher)
+    smallest = batcher._times.buckets[0]
+    assert batcher._times.seconds(smallest) == pytest.approx(smallest.step_s)
+
+
 @pytest.mark.parametrize("steps", [1, 3, 12], ids=["reading", "still reading", "decoding"])
 def test_a_cancelled_run_has_no_row_in_the_next_step(steps: int, batcher: Batcher, model: Successor) -> None:
     """And the run that waited for its slot begins in that step."""
