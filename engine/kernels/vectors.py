@@ -77,10 +77,11 @@ class Code:
         return self(f"getelementptr i8, ptr {base}, i64 {offset}") if offset else base
 
     def load(self, kind: str, address: str, kept: bool = False) -> str:
-        """`kept`: of what is to stay in memory, where LLVM would rather move registers about (see `store`)."""
+        """`kept`: of what is stored as kept, too."""
         return self(f"load {'volatile ' if kept else ''}{kind}, ptr {address}, align 2")
 
     def store(self, kind: str, value: str, address: str, kept: bool = False) -> None:
+        """`kept`: in memory, where LLVM would take an array for more registers than there are."""
         self.do(f"store {'volatile ' if kept else ''}{kind} {value}, ptr {address}, align 2")
 
     def slot(self, kind: str, value: str) -> str:
