@@ -9,7 +9,7 @@ import trio
 
 from api import errors, logprobs, schemas_live
 from api.http import Call, Reply, Route
-from api.tasks import detail
+from api.tasks import detail, ended_at_stop
 from peer import limits
 from peer.errors import BitinglipError, Overloaded, Unauthorized, Unavailable
 from peer.state.command import StreamEnd, StreamItem, StreamRestart, StreamToken
@@ -56,7 +56,9 @@ async def stream(call: Call) -> Reply | None:
             try:
                 await call.unless_gone(lambda: _send_all(call, items))
             except* BitinglipError as group:
-                await call.write(_broken(call, group.exceptions[0]))
+                ended = await ended_at_stop(call, call.args[0])
+                last = _broken(call, group.exceptions[0]) if ended is None else message(StreamEnd(view=ended))
+                await call.write(last)
     finally:
         api.streams -= 1
     await call.finish()

@@ -7,6 +7,7 @@ import hashlib
 from typing import Annotated, Any, Literal, cast
 
 import msgspec
+import trio
 from msgspec import Meta
 
 from api import format, results, schemas, schemas_submit, stale
@@ -15,7 +16,7 @@ from api.http import ID, Call, Param, Reply, Route, query_choice, query_float, q
 from api.models import priority_number
 from api.stale import STALE, STALE_HEADER
 from peer import limits
-from peer.errors import BadRequest, Unavailable
+from peer.errors import BadRequest, BitinglipError, Unavailable
 from peer.state import command
 from peer.state.model import Model
 from peer.state.task import (
@@ -36,6 +37,7 @@ _decode_submit = BodyDecoder[schemas_submit.SubmitTask](cast(Any, schemas_submit
 # more than any chat template adds around a prompt, and around each message
 TEMPLATE_TOKENS_MAX = 64
 MESSAGE_TOKENS_MAX = 16
+AT_STOP_S = 1.0  # what a stopping peer waits for its cluster's last word on a task
 
 
 def duration_s(task: Task) -> float | None:
@@ -219,8 +221,27 @@ async def submit(call: Call) -> Reply:
 
 async def _wait(call: Call, task_id: str, wait_s: float) -> command.TaskView:
     query = command.GetTask(task_id=task_id, wait_s=wait_s)
-    view: command.TaskView = await call.unless_gone(lambda: stale.read(call, query))
+    try:
+        view: command.TaskView = await call.unless_gone(lambda: stale.read(call, query))
+    except Unavailable:
+        ended = await ended_at_stop(call, task_id)
+        if ended is None:
+            raise
+        return ended
     return view
+
+
+async def ended_at_stop(call: Call, task_id: str) -> command.TaskView | None:
+    """The task, if the peer stops and the task has ended.
+
+    A peer that drains stops as soon as its runs have ended, which cuts those off who waited for just these ends.
+    """
+    if not call.api.stopping.is_set():
+        return None
+    with trio.move_on_after(AT_STOP_S), contextlib.suppress(BitinglipError):
+        view: command.TaskView = await stale.read(call, command.GetTask(task_id=task_id))
+        return view if view.task.status in TERMINAL else None
+    return None
 
 
 async def get_task(call: Call) -> Reply:

@@ -248,6 +248,21 @@ def test_stopping_ends_a_long_poll(server: RunningServer, client: httpx.Client, 
     check_error(answers[0], 503)
 
 
+def test_stopping_answers_a_long_poll_whose_task_has_ended(
+    server: RunningServer, client: httpx.Client, task_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last run ends, and so does the peer, before those who waited for this end have heard of it."""
+    answers: list[httpx.Response] = []
+    thread = threading.Thread(target=lambda: answers.append(client.get(f"/tasks/{task_id}?wait=300")))
+    thread.start()
+    eventually(lambda: isinstance(server.cluster.requests[-1], command.GetTask))
+    monkeypatch.setattr(server.cluster, "notify", lambda: None)
+    server.cluster.finish(task_id)
+    server.stop(5)
+    thread.join(5)
+    assert (answers[0].status_code, answers[0].json()["status"]) == (200, "completed")
+
+
 def test_stopping_answers_what_was_accepted(server: RunningServer, client: httpx.Client) -> None:
     answers: list[httpx.Response] = []
     thread = threading.Thread(

@@ -108,6 +108,31 @@ def test_the_peer_stops(client: httpx.Client, server: RunningServer, task_id: st
         assert next(coming)[0] == "error"
 
 
+def test_the_peer_stops_when_the_task_has_ended(
+    client: httpx.Client, server: RunningServer, task_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with client.stream("GET", f"/tasks/{task_id}/stream") as answer:
+        coming = events(answer.iter_lines())
+        next(coming)
+        monkeypatch.setattr(server.cluster, "notify", lambda: None)
+        server.cluster.finish(task_id)
+        server.do(server.app.api.stop)
+        name, body = next(coming)
+        assert (name, body["status"]) == ("done", "completed")
+
+
+def test_the_peer_stops_and_its_cluster_does_not_answer(
+    client: httpx.Client, server: RunningServer, task_id: str
+) -> None:
+    with client.stream("GET", f"/tasks/{task_id}/stream") as answer:
+        coming = events(answer.iter_lines())
+        next(coming)
+        server.cluster.failure = Unavailable("no leader")
+        server.do(server.app.api.stop)
+        name, body = next(coming)
+        assert (name, body["error"]["code"]) == ("error", "unavailable")
+
+
 def test_the_client_goes(client: httpx.Client, server: RunningServer, task_id: str) -> None:
     with client.stream("GET", f"/tasks/{task_id}/stream") as answer:
         coming = events(answer.iter_lines())
