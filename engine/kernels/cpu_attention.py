@@ -150,12 +150,14 @@ class _Rows:
             code.store(_FLOATS, "zeroinitializer", code.at(self.sums, index, 64), kept=True)
         last = code(f"udiv i64 {code(f'add i64 {stop}, {STEP - 1}')}, {STEP}")
         with code.loop(code(f"udiv i64 {begin}, {STEP}"), last) as step:
-            offset = code(f"mul i64 {step}, {STEP * self.width * self.size}")
+            step_bytes = STEP * self.width * self.size
+            offset = code(f"mul i64 {step}, {step_bytes}")
             first = code(f"mul i64 {step}, {STEP}")
-            self._scores(code.at(keys, offset, 1))
+            keys_here, values_here = code.at(keys, offset, 1), code.at(values, offset, 1)
+            self._scores(keys_here, coming=values_here)
             self._softmax(first)
             here = code.call("i64", "llvm.umin.i64", f"i64 {code(f'sub i64 {stop}, {first}')}", f"i64 {STEP}")
-            self._values(code.at(values, offset, 1), here)
+            self._values(values_here, here, coming=code.beyond(keys_here, step_bytes))
         self._finish()
 
     def _held(self, name: str, index: str, size: int) -> str:
@@ -208,14 +210,16 @@ class _Rows:
         row, head = divmod(line, self.heads)
         return 4 * self.width * (row * self.all_heads + head)
 
-    def _scores(self, keys: str) -> None:
-        """Products of the queries with STEP positions' keys."""
+    def _scores(self, keys: str, coming: str) -> None:
+        """Products of the queries with STEP positions' keys. What is `coming`, as much, is fetched meanwhile."""
         code = self.code
         apart = BLOCK * self.width * self.size
         for first in range(0, self.lines, TOGETHER_MAX):
             lines = range(first, min(first + TOGETHER_MAX, self.lines))
             totals = [[code.slot(_FLOATS, "zeroinitializer") for _ in range(STEP // BLOCK)] for _ in lines]
             with code.loop("0", str(self.width)) as element:
+                if first == 0:
+                    code.prefetch(code.at(coming, element, STEP * self.size), STEP * self.size)
                 at = code.at(keys, element, BLOCK * self.size)
                 blocks = [self._vector(code.beyond(at, block * apart)) for block in range(STEP // BLOCK)]
                 query = code.at(self.queries, element, 4)
@@ -273,8 +277,8 @@ class _Rows:
             weight = code(f"select <16 x i1> {mask}, {_FLOATS} {weight}, {_FLOATS} zeroinitializer")
             code.store(_FLOATS, weight, code.beyond(at, 4 * BLOCK * block))
 
-    def _values(self, values: str, count: str) -> None:
-        """Add `count` positions' weighted values to what earlier ones gave."""
+    def _values(self, values: str, count: str, coming: str) -> None:
+        """Add `count` positions' weighted values to what earlier ones gave, and fetch what is `coming`."""
         code = self.code
         for line in range(self.lines):
             at = code.beyond(self.totals, 64 * line)
@@ -292,9 +296,10 @@ class _Rows:
         for first in range(0, self.lines, lines):
             for left in range(0, self.vectors, vectors):
                 some = range(left, min(left + vectors, self.vectors))
-                self._values_of(values, count, range(first, min(first + lines, self.lines)), some)
+                some_lines = range(first, min(first + lines, self.lines))
+                self._values_of(values, count, some_lines, some, coming if first == left == 0 else "")
 
-    def _values_of(self, values: str, count: str, lines: range, vectors: range) -> None:
+    def _values_of(self, values: str, count: str, lines: range, vectors: range, coming: str) -> None:
         code = self.code
         sums = {}
         for line in lines:
@@ -303,6 +308,8 @@ class _Rows:
                 before = code.load(_FLOATS, self._sum_at(line, vector), kept=True)
                 sums[line, vector] = code.slot(_FLOATS, code(f"fmul {_FLOATS} {before}, {fallen}"))
         with code.loop("0", count) as position:
+            if coming:
+                code.prefetch(code.at(coming, position, self.width * self.size), self.width * self.size)
             at = code.at(values, position, self.width * self.size)
             weight = code.at(self.weights, position, 4)
             found = {vector: self._vector(code.beyond(at, LANES * self.size * vector)) for vector in vectors}

@@ -29,6 +29,8 @@ PAIRS = [
 ]  # of inputs, by position
 PACKED_THREADED_MIN = 65_536  # weights; below it one thread is as fast
 QUANTISED_THREADED_MIN = 4_096  # activations, likewise
+# What is fetched ahead of the words in use, as processors do by themselves, but too late once several rows share them.
+AHEAD_BYTES = 3_072
 _EVEN, _ODD = range(0, 32, 2), range(1, 32, 2)
 _FLOATS, _INTS, _HALVES = "<16 x float>", "<16 x i32>", "<32 x i16>"
 
@@ -142,8 +144,8 @@ class Panel:
         layout, inputs = form.layout, form.inputs
         self.groups = inputs // GROUP
         self.scale_bytes = 4 if layout.wide else 2
-        words = inputs // layout.elements
-        self.words = code.at(f"%{prefix}words", panel, 4 * LANES * words)
+        self.word_bytes = 4 * LANES * (GROUP // layout.elements)  # of a group
+        self.words = code.at(f"%{prefix}words", panel, self.word_bytes * self.groups)
         scales = LANES * self.scale_bytes * (inputs // layout.group)
         self.scales = code.at(f"%{prefix}scales", panel, scales)
         self.minimums = code.at(f"%{prefix}minimums", panel, scales) if layout.minimum else ""
@@ -177,7 +179,9 @@ class Panel:
 
     def _scales(self, base: str, group: str, count: int) -> list[str]:
         code, size = self.code, self.scale_bytes
-        at = code.at(base, group, LANES * size * count)
+        of_group = LANES * size * count
+        at = code.at(base, group, of_group)
+        code.prefetch(code.beyond(at, AHEAD_BYTES // self.word_bytes * of_group), of_group)
         if self.form.layout.wide:
             return [code.load(_FLOATS, code.beyond(at, LANES * size * each)) for each in range(count)]
         halves = [code.load("<16 x half>", code.beyond(at, LANES * size * each)) for each in range(count)]
@@ -187,7 +191,8 @@ class Panel:
         """For each row the sums of products of a group's inputs, or of its two halves."""
         code, layout = self.code, self.form.layout
         count = GROUP // layout.elements
-        at = code.at(self.words, group, 4 * LANES * count)
+        at = code.at(self.words, group, self.word_bytes)
+        code.prefetch(code.beyond(at, AHEAD_BYTES), self.word_bytes)
         totals = [["zeroinitializer"] * (GROUP // layout.group) for _ in rows]
         for k in range(count):
             word = code(f"bitcast {_INTS} {code.load(_INTS, code.beyond(at, 4 * LANES * k))} to {_HALVES}")

@@ -23,6 +23,7 @@ _ATTRIBUTES = (
 # Infinities and NaN are kept, which tell of a broken device, and so is the order of sums: a row's result must not
 # depend on how many rows are beside it.
 FAST = "nsz contract"
+LINE = 64  # bytes that a processor fetches from memory at once
 _LOG2_E = 1.4426950408889634
 # 2^x for x in [-1/2, 1/2], by Taylor's series: off by 1.2e-7 at most
 _SERIES = (1.540353e-4, 1.3333558e-3, 9.618129e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0)
@@ -83,6 +84,11 @@ class Code:
     def store(self, kind: str, value: str, address: str, kept: bool = False) -> None:
         """`kept`: in memory, where LLVM would take an array for more registers than there are."""
         self.do(f"store {'volatile ' if kept else ''}{kind} {value}, ptr {address}, align 2")
+
+    def prefetch(self, address: str, size: int = LINE) -> None:
+        """Have the lines of `size` bytes fetched from memory; where there is none, nothing happens."""
+        for line in range(0, size, LINE):
+            self.run("llvm.prefetch.p0", f"ptr {self.beyond(address, line)}", "i32 0", "i32 3", "i32 1")
 
     def slot(self, kind: str, value: str) -> str:
         """A variable: LLVM keeps it in a register."""
