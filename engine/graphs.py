@@ -9,6 +9,7 @@ It is timed then, too: `pacing` and `speculation` in engine/batching choose amon
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Sequence
 
@@ -26,11 +27,14 @@ from engine.kernels.weights import fill, upload
 from engine.models.decoder import Decoder
 
 # for decoding; a CPU takes nearly twice as long for twice the rows
-DECODE_ROWS_CPU = (1, 2, 4, 8, 16, 32, 64)
+DECODE_ROWS_CPU = (1, 2, 3, 4, 8, 10, 12, 16, 32, 64)
 DECODE_ROWS_GPU = (1, 4, 8, 16, 32, 64)
 # beyond those: for prompts beside streams, and for prompts alone
-PROMPT_ROWS_CPU = (12, 16, 32)
+PROMPT_ROWS_CPU = (10, 12, 16, 32)
 PROMPT_ROWS_GPU = (32, 128)
+# A size is timed so often, near and far, or as often as there is time for: the first steps are slower than any later.
+TIMED_MIN, TIMED_MAX = 2, 6
+TIMED_S = 0.03
 
 
 def bucket_sizes(slots: int, on_cpu: bool) -> list[int]:
@@ -119,19 +123,27 @@ class GraphedModel:
         logits = logits_rows(size, self.slots)
         graph = self._graphs[size] = _Bucket(self._model, size, logits)
         far = max(1, self.context // 4)
-        took_s = []
-        for position in (0, 0, far):  # the first one may be slower than any later
-            # a prompt's rows behind one of another run, as they come where their time matters
-            rows = [
-                Row(0, self.slots - 1 if at == 0 else 0, min(position + at, self.context - 1))
-                for at in range(size)
-            ]
-            began = time.monotonic()
-            found = graph.step(rows, [size - 1])
-            took_s.append(time.monotonic() - began)
+        near_s = far_s = math.inf
+        began = time.monotonic()
+        for turn in range(TIMED_MAX):
+            if turn >= TIMED_MIN and time.monotonic() - began > TIMED_S:
+                break
+            near_s = min(near_s, self._timed(graph, size, 0))
+            far_s = min(far_s, self._timed(graph, size, far))
+        self.buckets.append(Bucket(size, logits, near_s, max(0.0, far_s - near_s) / (size * far)))
+
+    def _timed(self, graph: _Bucket, size: int, position: int) -> float:
+        """Seconds of a step whose rows are those of a prompt from `position` on, behind one of another run, as they
+        come where their time matters."""
+        rows = [
+            Row(0, self.slots - 1 if at == 0 else 0, min(position + at, self.context - 1))
+            for at in range(size)
+        ]
+        began = time.monotonic()
+        found = graph.step(rows, [size - 1])
+        took_s = time.monotonic() - began
         check_numbers(found)
-        near_s = min(took_s)
-        self.buckets.append(Bucket(size, logits, near_s, (took_s[-1] - near_s) / (size * far)))
+        return took_s
 
     def step(self, rows: Sequence[Row], wanted: Sequence[int]) -> npt.NDArray[np.float32]:
         size = next(size for size in self.sizes if size >= len(rows))

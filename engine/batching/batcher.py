@@ -238,12 +238,11 @@ class Batcher:
 
     def _timed_step(self, plan: _Plan) -> npt.NDArray[np.float32]:
         began = self._clock()
-        if self._stepped_s is not None:
-            self._times.observe_between(began - self._stepped_s)
+        between = None if self._stepped_s is None else began - self._stepped_s
         logits = self._model.step(plan.rows, plan.wanted)
         self._stepped_s = self._clock()
         attended = sum(row.position for row in plan.rows)
-        self._times.observe(len(plan.rows), attended, self._stepped_s - began)
+        self._times.observe(len(plan.rows), attended, self._stepped_s - began, between)
         return logits
 
     def _start_waiting(self, room: int) -> list[Message]:

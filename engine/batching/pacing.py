@@ -10,11 +10,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-SLOWDOWN_MAX = 2.0  # a step that also has prompts, beside one that only decodes: a gap of 3 is noticed
+# The longest of a hundred gaps of a stream while prompts are computed, beside the usual one without: 3 is noticed, and
+# this leaves room for what the estimates miss.
+GAP_MAX = 2.3
+SPREAD_AT_FIRST = 1.1
+SPREAD_STEP = 0.05  # how far one gap moves the estimate of how much they vary
+SPREAD_MAX = 1.4  # of a machine that varies more prompts would wait for what no plan mends
 LOOKING_BACK = 0.25  # of the smallest step's time may be added to it by what a prompt's rows look back at
 OBSERVED_WEIGHT = 0.2
 UNOBSERVED_WEIGHT = 0.001  # old measurements of one size fade towards what others say, in thousands of steps
-SPIKE_MAX = 2.0  # a step that waited for something else counts for at most so much more than the estimate
+SPIKE_MAX = 1.25  # a step that waited for something else counts for at most so much more than the estimate
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,12 @@ class StepTimes:
         self.buckets = tuple(buckets)
         self._slower = {bucket.rows: 1.0 for bucket in buckets}  # than at warm-up
         self._between = 0.0
+        self._spread = SPREAD_AT_FIRST  # the longest gap in a hundred, beside what it was expected to be
+
+    @property
+    def bearable(self) -> float:
+        """How many times as long as one that only decodes a step may take, so that GAP_MAX holds."""
+        return GAP_MAX / self._spread
 
     @property
     def rows_max(self) -> int:
@@ -59,19 +70,24 @@ class StepTimes:
             return 0.0
         return left / each if each > 0 else float("inf")
 
-    def observe(self, rows: int, attended: float, seconds: float) -> None:
-        """A step of `rows` rows took so long."""
+    def observe(self, rows: int, attended: float, seconds: float, between: float | None = None) -> None:
+        """A step of `rows` rows took so long, and began so long after the one before if there was something to do
+        then: drawing tokens, sending them, other models' steps."""
         size = self.fitting(rows)
+        if between is not None:
+            self._observe_spread((between + seconds) / self.seconds(size, attended))
+            smallest = self.buckets[0]
+            seen = min(between, self._slower[smallest.rows] * _at_warm_up(smallest, 0.0))
+            self._between += OBSERVED_WEIGHT * (seen - self._between)
         slower = min(seconds / _at_warm_up(size, attended), SPIKE_MAX * self._slower[size.rows])
         for other, now in self._slower.items():
             weight = OBSERVED_WEIGHT if other == size.rows else UNOBSERVED_WEIGHT
             self._slower[other] += weight * (slower - now)
 
-    def observe_between(self, seconds: float) -> None:
-        """So long after the end of a step the next one began: drawing tokens, sending them, other models' steps."""
-        smallest = self.buckets[0]
-        seen = min(seconds, self._slower[smallest.rows] * _at_warm_up(smallest, 0.0))
-        self._between += OBSERVED_WEIGHT * (seen - self._between)
+    def _observe_spread(self, ratio: float) -> None:
+        """Rests where one in a hundred is above it (Robbins and Monro, 1951)."""
+        self._spread += SPREAD_STEP * (0.99 if ratio > self._spread else -0.01)
+        self._spread = min(max(self._spread, 1.0), SPREAD_MAX)
 
 
 def _at_warm_up(bucket: Bucket, attended: float) -> float:
@@ -81,7 +97,7 @@ def _at_warm_up(bucket: Bucket, attended: float) -> float:
 def prompt_rows(times: StepTimes, decoding: Sequence[int], position: int) -> int:
     """Rows for prompts in a step beside rows that decode: all there are if nothing decodes.
 
-    Else as many as leave the step at most SLOWDOWN_MAX times as long as decoding alone; of the smallest size with any
+    Else as many as leave the step at most `bearable` times as long as decoding alone; of the smallest size with any
     room, as it has to be taken, those that do not make it much longer, and one at least. `decoding`: the decoding rows'
     positions; `position`: the furthest prompt's.
     """
@@ -91,7 +107,7 @@ def prompt_rows(times: StepTimes, decoding: Sequence[int], position: int) -> int
     if not roomy:
         return 0
     attended = sum(decoding)
-    bearable = SLOWDOWN_MAX * times.seconds(times.fitting(len(decoding)), attended)
+    bearable = times.bearable * times.seconds(times.fitting(len(decoding)), attended)
     smallest = (1 + LOOKING_BACK) * times.seconds(roomy[0], attended)
     most = 1
     for bucket in roomy:

@@ -59,7 +59,9 @@ def attention(
     def kernel(*buffers: UOp) -> UOp:
         code = Code()
         names = ["out", "queries", "cache", "slots", "positions"]
-        with code.loop(*code.share(units, threads)) as unit:
+        # taken in turns: a prompt's rows, which look back at more, stand together
+        first = code.core() if threads > 1 else "0"
+        with code.loop(first, str(units), by=threads) as unit:
             row = code(f"mul i64 {code(f'udiv i64 {unit}, {parts}')}, {together}")
             head = code(f"mul i64 {code(f'urem i64 {unit}, {parts}')}, {some}")
             _write(code, queries, cache, window, row, together, head, some)

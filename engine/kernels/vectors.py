@@ -120,8 +120,8 @@ class Code:
         return self(f"shufflevector {kind} {first}, {kind} {second}, <{len(order)} x i32> <{mask}>")
 
     @contextmanager
-    def loop(self, start: str, stop: str) -> Iterator[str]:
-        """For each i64 from `start` to before `stop`."""
+    def loop(self, start: str, stop: str, by: int = 1) -> Iterator[str]:
+        """For each i64 from `start` to before `stop`, or each of `by`."""
         number = next(self._numbers)
         at = self.slot("i64", start)
         self.do(f"br label %head{number}")
@@ -131,7 +131,7 @@ class Code:
         self.do(f"br i1 {more}, label %body{number}, label %done{number}")
         self._lines.append(f"body{number}:")
         yield index
-        self.set("i64", self(f"add nuw nsw i64 {index}, 1"), at)
+        self.set("i64", self(f"add nuw nsw i64 {index}, {by}"), at)
         self.do(f"br label %head{number}")
         self._lines.append(f"done{number}:")
 
@@ -149,10 +149,14 @@ class Code:
         """This thread's part of `total` loops: from, to. Every function has its thread's number in `%core_id`."""
         if threads == 1:
             return "0", str(total)
-        core = self("zext i32 %core_id to i64")
+        core = self.core()
         start = self(f"udiv i64 {self(f'mul i64 {core}, {total}')}, {threads}")
         after = self(f"mul i64 {self(f'add i64 {core}, 1')}, {total}")
         return start, self(f"udiv i64 {after}, {threads}")
+
+    def core(self) -> str:
+        """This thread's number, i64."""
+        return self("zext i32 %core_id to i64")
 
     def text(self, name: str, pointers: Sequence[str], integers: Sequence[str]) -> str:
         """The whole module."""

@@ -29,7 +29,9 @@ def check(name: str, directory: Path, word: str = DEVICE, **variables: str) -> N
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["decoders", "mixtures", "attention", "neighbours", "choices", "recorded", "stored"])
+@pytest.mark.parametrize(
+    "name", ["decoders", "mixtures", "attention", "neighbours", "choices", "recorded", "stored"]
+)
 def test_same_as_plain_tinygrad(name: str, tmp_path: Path) -> None:
     check(name, tmp_path)
 

@@ -21,8 +21,8 @@ from tests.bench.report import Options, Result, Row, median
 OTHERS = 8
 NEWCOMER = 64  # tokens of its prompt
 LONG = 1000
-STREAM_TOKENS = 400
-SETTLED = 24  # steps of a stream before anything is measured
+STREAM_TOKENS = 1200  # more than come while the long prompt is computed
+SETTLED = 64  # steps of a stream before the others come
 NEWCOMERS = 3
 STREAMS = (1, 8)
 SAME_STEP_S = 0.0005
