@@ -2,7 +2,7 @@
 
 The time to a first token while eight others decode; and the gaps between a stream's tokens while a prompt of a thousand
 tokens joins, beside those before it came. Tokens that come in one step count as one. llama.cpp's first token, with
-nothing else running, stands beside the first of these.
+nothing else running, stands beside the first of these; beside the second, how much equal work varies on this machine.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from contextlib import ExitStack
 
 from engine.protocol import Cancel
 from engine.text.chat import prompt_tokens
+from tests.bench.engine import limits
 from tests.bench.engine.contenders import Engine, Llama, Stream, llama, ours
 from tests.bench.engine.models import prompt, smollm2, story
 from tests.bench.engine.samples import Samples
@@ -21,7 +22,7 @@ from tests.bench.report import Options, Result, Row, median
 OTHERS = 8
 NEWCOMER = 64  # tokens of its prompt
 LONG = 1000
-STREAM_TOKENS = 1200  # more than come while the long prompt is computed
+STREAM_TOKENS = 1700  # more than come while the long prompt is computed
 SETTLED = 64  # steps of a stream before the others come
 NEWCOMERS = 3
 STREAMS = (1, 8)
@@ -119,6 +120,7 @@ def measure(options: Options) -> Result:
                 latency.of_llama(server)
             for count in STREAMS:
                 latency.joining(engine, count)
+            latency.gaps.setdefault("pieces", []).extend(limits.pieces())
     return Result(_rows(latency, missing), {"rounds": latency.samples.raw(), "gaps_s": latency.gaps})
 
 
@@ -151,6 +153,9 @@ def _rows(latency: Latency, missing: str) -> list[Row]:
                 "s",
             ),
         ]
+    equal = latency.gaps.get("pieces", [])
+    longest, middle = percentile(equal, 99), percentile(equal, 50)
+    rows.append(_gap_row("machine: equal products one by one: p99", longest, middle, "median"))
     return rows
 
 

@@ -18,6 +18,8 @@ from tests.bench.processes import CORES
 LARGE_BYTES = 1 << 30  # far beyond most caches
 SIDE = 2048  # of the matrices
 REPEATS = 5
+PIECES = 200
+PIECE_SIDE = 640  # some milliseconds, as a step
 
 
 @dataclass(frozen=True)
@@ -81,3 +83,14 @@ def _reading(size: int) -> float:
 def _multiplying() -> float:
     left, right = np.ones((2, SIDE, SIDE), dtype=np.float32)
     return 2 * SIDE**3 / _best(lambda: left @ right)
+
+
+def pieces() -> list[float]:
+    """Seconds of equal products, one after the other: how much the machine itself varies, whoever works on it."""
+    left, right = np.ones((2, PIECE_SIDE, PIECE_SIDE), dtype=np.float32)
+    times = []
+    for _ in range(PIECES):
+        began = time.perf_counter()
+        left @ right
+        times.append(time.perf_counter() - began)
+    return times

@@ -34,7 +34,9 @@ LOAD_BYTES = 8 << 30
 
 def situations() -> dict[str, list[Row]]:
     """Rows of a step by what it is a step of."""
-    found = {f"{runs} runs at 200": [Row(TOKEN, slot, 200) for slot in range(runs)] for runs in (1, 2, 4, 8, 16)}
+    found = {
+        f"{runs} runs at 200": [Row(TOKEN, slot, 200) for slot in range(runs)] for runs in (1, 2, 4, 8, 16)
+    }
     for before in (200, 1000):
         found[f"32 rows of a prompt at {before}"] = [Row(TOKEN, 0, before + at) for at in range(32)]
     return found
