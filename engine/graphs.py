@@ -32,9 +32,10 @@ DECODE_ROWS_GPU = (1, 4, 8, 16, 32, 64)
 # beyond those: for prompts beside streams, and for prompts alone
 PROMPT_ROWS_CPU = (10, 12, 16, 32)
 PROMPT_ROWS_GPU = (32, 128)
-# A size is timed so often, near and far, or as often as there is time for: the first steps are slower than any later.
-TIMED_MIN, TIMED_MAX = 2, 6
+# A size is timed so often, near and far, or for so long: the first steps are slower than any later.
+TIMED_MAX = 6
 TIMED_S = 0.03
+TIMED_ONCE_S = 0.5  # of so long ones the first will do
 
 
 def bucket_sizes(slots: int, on_cpu: bool) -> list[int]:
@@ -126,7 +127,7 @@ class GraphedModel:
         near_s = far_s = math.inf
         began = time.monotonic()
         for turn in range(TIMED_MAX):
-            if turn >= TIMED_MIN and time.monotonic() - began > TIMED_S:
+            if turn and time.monotonic() - began > (TIMED_ONCE_S if turn == 1 else TIMED_S):
                 break
             near_s = min(near_s, self._timed(graph, size, 0))
             far_s = min(far_s, self._timed(graph, size, far))

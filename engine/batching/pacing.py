@@ -7,8 +7,9 @@ longer than that needs.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The longest of a hundred gaps of a stream while prompts are computed, beside the usual one without: 3 is noticed, and
 # this leaves room for what the estimates miss.
@@ -39,8 +40,11 @@ class StepTimes:
     """Seconds of a step for each size: measured at warm-up, then at every step."""
 
     def __init__(self, buckets: Sequence[Bucket]) -> None:
-        """`buckets` by rising rows."""
-        self.buckets = tuple(buckets)
+        """`buckets` by rising rows. None takes longer than a larger one: where it seems so, warm-up was disturbed."""
+        quickest = list(itertools.accumulate((bucket.step_s for bucket in reversed(buckets)), min))
+        self.buckets = tuple(
+            replace(bucket, step_s=step_s) for bucket, step_s in zip(buckets, reversed(quickest), strict=True)
+        )
         self._slower = {bucket.rows: 1.0 for bucket in buckets}  # than at warm-up
         self._between = 0.0
         self._spread = SPREAD_AT_FIRST  # the longest gap in a hundred, beside what it was expected to be

@@ -104,6 +104,13 @@ def test_measurements_follow_the_steps() -> None:
     assert prompt_rows(found, [10], 0) == 7
 
 
+def test_a_disturbed_warm_up_is_seen() -> None:
+    """A step of 4 rows took 30 ms then, and one of 8 took 10."""
+    found = times(4.1, 30.0, 10.1, 19.5, 28.0)
+    assert found.seconds(found.fitting(4)) == pytest.approx(0.0101)
+    assert found.seconds(found.fitting(1)) == pytest.approx(0.0041)
+
+
 def test_a_long_context_is_no_slower_device() -> None:
     """A step that took longer because its rows looked back at much changes no estimate."""
     found = times(*QUICK, attended_s=1e-6)
