@@ -26,10 +26,10 @@ from engine.kernels.slot_copy import SlotCopy
 from engine.kernels.weights import fill, upload
 from engine.models.decoder import Decoder
 
-# for decoding; a CPU takes nearly twice as long for twice the rows
+# for decoding, and for prompts beside it; a CPU takes nearly twice as long for twice the rows
 DECODE_ROWS_CPU = (1, 2, 3, 4, 8, 10, 12, 16, 32, 64)
 DECODE_ROWS_GPU = (1, 4, 8, 16, 32, 64)
-# beyond those: for prompts beside streams, and for prompts alone
+# those of these that are larger: for prompts beside streams, and for prompts alone
 PROMPT_ROWS_CPU = (10, 12, 16, 32)
 PROMPT_ROWS_GPU = (32, 128)
 # A size is timed so often, near and far, or for so long: the first steps are slower than any later.

@@ -175,29 +175,35 @@ class Measured(Successor):
     )
 
 
+def streamed(
+    batcher: Batcher, model: Successor, streams: int, steps: int, joins_at: int
+) -> dict[str, list[float]]:
+    """When each run's tokens came, of some streams and of a long prompt that joins them."""
+    came: dict[str, list[float]] = {f"s{number}": [] for number in range(streams)} | {"long": []}
+    for number in range(streams):
+        batcher.add(run(f"s{number}", max_tokens=1000))
+    for step in range(steps):
+        if step == joins_at:
+            batcher.add(run("long", prompt="word " * 1000))
+        for message in batcher.step(99):
+            if isinstance(message, Tokens):
+                came[message.run_id].append(model.now)
+    return came
+
+
 @pytest.mark.parametrize("streams", [1, 2, 3, 7, 8])
 def test_streams_hardly_notice_a_long_prompt(streams: int, vocabulary: Vocabulary) -> None:
     """The longest gap of a stream is at most 3 times the median one; a prompt alone has the largest steps."""
     model = Measured(len(vocabulary.pieces))
     batcher = Batcher(model, vocabulary, model.clock)
-    came: dict[str, list[float]] = {f"s{number}": [] for number in range(streams)}
-    for run_id in came:
-        batcher.add(run(run_id, max_tokens=600))
-    read = False
-    for step in range(600):
-        if step == 100:
-            batcher.add(run("long", prompt="word " * 1000))
-        for message in batcher.step(99):
-            read |= isinstance(message, Tokens) and message.run_id == "long"
-            if isinstance(message, Tokens) and message.run_id in came:
-                came[message.run_id].append(model.now)
+    came = streamed(batcher, model, streams, steps=600, joins_at=100)
+    assert came.pop("long"), "the prompt was not read"
     for times in came.values():
         gaps = np.diff(times)
         assert gaps.max() <= 3 * np.median(gaps[:90])
         assert gaps.max() <= 3 * np.median(gaps)
     rows = [len(step) for step in model.steps]
     assert max(rows[100:]) >= streams + 3
-    assert read
     batcher.fail_all("unloaded", "x")
     batcher.add(run("again", prompt="word " * 100))
     batcher.step(99)
@@ -222,16 +228,7 @@ class Varying(Measured):
 def test_streams_hardly_notice_a_long_prompt_where_steps_vary(streams: int, vocabulary: Vocabulary) -> None:
     model = Varying(len(vocabulary.pieces))
     batcher = Batcher(model, vocabulary, model.clock)
-    came: dict[str, list[float]] = {f"s{number}": [] for number in range(streams)}
-    for run_id in came:
-        batcher.add(run(run_id, max_tokens=1000))
-    for step in range(700):
-        if step == 200:
-            batcher.add(run("long", prompt="word " * 1000))
-        for message in batcher.step(99):
-            if isinstance(message, Tokens) and message.run_id in came:
-                came[message.run_id].append(model.now)
-    gaps = np.diff(came["s0"])
+    gaps = np.diff(streamed(batcher, model, streams, steps=700, joins_at=200)["s0"])
     usual, longest = np.median(gaps[:190]), np.quantile(gaps[200:], 0.99)
     assert 1.5 * usual < longest <= 3 * usual
 
